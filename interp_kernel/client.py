@@ -1,0 +1,334 @@
+"""InterpClient: run functions of (model, tokenizer, ...) on a warm worker from Python, in a notebook or a script."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from interp_kernel.backends.local import LocalBackend
+from interp_kernel.errors import ShipError, SpecError, remote_error
+from interp_kernel.output import Screen
+from interp_kernel.protocol import Head, Reference, Shipment
+from interp_kernel.session import OnEvent, Result, Session, new_id
+from interp_kernel.sources import (
+    Module,
+    Technique,
+    collect_modules,
+    convert_technique_to_standalone,
+    read_technique,
+    read_techniques,
+    technique_modules,
+)
+from interp_kernel.spec import WorkerSpec
+
+OLDER_NAMES = {"container_idle_timeout": "scaledown_window", "keep_warm": "min_containers", "torch_dtype": "dtype"}
+CONTAINER_OPTIONS = ("gpu", "image", "deploy")
+
+__all__ = ["InterpClient", "Job", "convert_technique_to_standalone"]
+
+
+class InterpClient:
+    """A warm worker that holds a model, started on first use and shared by all who ask for the same model."""
+
+    def __init__(
+        self,
+        app_name: str = "interp-kernel",
+        model_name: str = "demo",
+        *,
+        mode: str = "local",
+        scaledown_window: float = 300.0,
+        min_containers: int = 0,
+        **options: Any,
+    ) -> None:
+        """Check the options; nothing starts yet.
+
+        Args:
+            app_name: Name of the app where workers run in containers; a local worker has none.
+            model_name: `demo`, a name on the Hugging Face hub, or a local folder.
+            mode: `local`, a process on this machine.
+            scaledown_window: Seconds without a call after which the worker ends.
+            min_containers: 1 keeps the worker for good, until `stop()`.
+            **options: How the model is loaded, see WorkerSpec; `gpu`, `image` and `deploy` are for containers. The
+                older names `container_idle_timeout`, `keep_warm` and `torch_dtype` are accepted.
+
+        Raises:
+            SpecError: An option is unknown or wrong.
+        """
+        options = {"scaledown_window": scaledown_window, "min_containers": min_containers, **rename_older(options)}
+        self.app_name, self.mode = app_name, check_mode(mode, options)
+        self.scaledown_window, self.min_containers = check_window(options)
+        self.spec = WorkerSpec.from_json({"model_name": model_name, **options})
+        self.backend = LocalBackend(self.spec, self.scaledown_window, self.min_containers)
+        self.session = Session(self.backend)
+        self._techniques: dict[str, Technique] = {}
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{k}={v!r}" for k, v in {"model_name": self.spec.model_name, **self.spec.to_json()}.items())
+        return f"InterpClient({fields}, mode={self.mode!r})"
+
+    def __enter__(self) -> InterpClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def connect(self, on_event: OnEvent | None = None) -> Head:
+        """Start the worker or attach to it, and wait until the model is loaded; returns what `model_info` does."""
+        hello = self.session.connect(on_event or Screen(current_shell()).show)
+        window = {"scaledown_window": self.scaledown_window, "min_containers": self.min_containers}
+        if any(hello[name] != value for name, value in window.items()):
+            self.session.ask({"verb": "settings", **window})
+            hello.update(window)
+        return dict(hello["info"])
+
+    def ensure(self, on_event: OnEvent) -> None:
+        """Connect before the first call, for inputs can be pickled only for a worker that is known."""
+        if not self.session.hello:
+            self.connect(on_event)
+
+    def run(self, fn: Callable[..., Any] | Technique, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+        """Call `fn(model, tokenizer, *args, **kwargs)` on the worker.
+
+        Args:
+            fn: A function, also one defined in the notebook, or a technique read from a file.
+            *args: Any values that pickle; tensors, RemoteValues.
+            timeout: Seconds, after which the call is stopped.
+            **kwargs: As `args`.
+
+        Returns:
+            What `fn` returned, of any size; tensors on the CPU in their own dtype. A RemoteValue if it does not pickle.
+
+        Raises:
+            RemoteError: `fn` raised; the exception has the real name and can be caught under it if it is a built-in.
+            CallTimeoutError, WorkerDiedError, LoadError, ShipError: See `interp_kernel.errors`.
+        """
+        screen = Screen(current_shell())
+        return self._call(fn, args, kwargs, screen, timeout).value
+
+    def submit(self, fn: Callable[..., Any] | Technique, *args: Any, **kwargs: Any) -> Job:
+        """Start a call and return at once; it queues behind calls that were made before it."""
+        return Job(self.session, lambda job: self._call(fn, args, kwargs, job, None, call_id=job.id).value)
+
+    def map(self, fn: Callable[..., Any] | Technique, inputs: Iterable[Any], **kwargs: Any) -> Iterator[Any]:
+        """Yield `fn(model, tokenizer, x, **kwargs)` for each input, in order, each as soon as it is there.
+
+        Nothing runs before the first result is asked for; what came before an error or a stop is not lost.
+        """
+        for index, value in enumerate(inputs):
+            try:
+                yield self.run(fn, value, **kwargs)
+            except Exception as error:
+                error.add_note(f"It was input {index} (counted from 0) of map.")
+                raise
+
+    def model_info(self) -> dict[str, Any]:
+        """Facts about the loaded model: class, sizes, dtype, device, memory, versions."""
+        return self.connect()
+
+    def load_technique_from_file(self, path: str | Path, name: str | None = None) -> Technique:
+        """A technique of a file, to be given to `run`. An edited file runs at the next call.
+
+        Raises:
+            TechniqueError: The file can't be read or has no such technique; the message lists those that it has.
+        """
+        technique = read_technique(Path(path), name)
+        self._techniques[technique.name] = technique
+        return technique
+
+    def load_techniques_from_dir(self, folder: str | Path) -> dict[str, Technique]:
+        """All techniques in a folder's files, by name; no file is imported here."""
+        found = {technique.name: technique for technique in read_techniques(Path(folder))}
+        self._techniques.update(found)
+        return found
+
+    @property
+    def techniques(self) -> Mapping[str, Technique]:
+        """The techniques that were loaded so far."""
+        return self._techniques
+
+    def interrupt(self) -> bool:
+        """Stop the call that the worker runs now, if it is one of this client."""
+        hello = self.session.ask({"verb": "hello"})
+        return bool(hello and hello["running"] and self.session.interrupt(hello["running"]))
+
+    def stop(self) -> None:
+        """End the worker, for all who use it; the model and all remote values are gone."""
+        self.session.stop("stopped by its user")
+
+    def close(self) -> None:
+        """Leave the worker, which stays warm until its window has passed."""
+        self.session.close()
+
+    # ------------------------------------------------------------------------------------ internal
+
+    def _call(
+        self,
+        fn: Callable[..., Any] | Technique,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        screen: Screen | Job,
+        timeout: float | None,
+        call_id: str | None = None,
+    ) -> Result:
+        if not callable(fn):
+            raise ShipError(f"run() was given a {type(fn).__name__}; expected a function of (model, tokenizer, ...).")
+        self.ensure(screen.show)
+        head: Head = {"kind": "function", "id": call_id or new_id(), "background": call_id is not None}
+        if isinstance(fn, Technique):
+            local = technique_modules(fn)
+            shipment = self.session.ship((TechniqueReference(fn), args, kwargs))
+        else:
+            shipment = self.ship_named(
+                {"fn": fn, **{f"args[{i}]": a for i, a in enumerate(args)}, **kwargs}, (fn, args, kwargs)
+            )
+            local = {}
+        local |= collect_modules(shipment.modules, search=[Path.cwd()])
+        return self.run_call(head, shipment, local, screen.show, timeout)
+
+    def ship_named(self, names: dict[str, Any], value: Any) -> Shipment:
+        """Pickle a value; if that fails, say which of the named parts is to blame."""
+        try:
+            return self.session.ship(value)
+        except Exception as error:  # noqa: BLE001 - pickling runs the value's own code; it is raised again with a name
+            for name, part in names.items():
+                try:
+                    self.session.ship(part)
+                except LookupError:
+                    raise
+                except Exception as reason:  # noqa: BLE001 - as above
+                    what = f"{name!r} ({type(part).__name__})"
+                    raise ShipError(f"{what} can't be sent to the worker: {reason}") from None
+            raise ShipError(f"The inputs can't be sent to the worker: {error}") from None
+
+    def run_call(
+        self,
+        head: Head,
+        shipment: Shipment,
+        local: Mapping[str, Module],
+        on_event: OnEvent,
+        timeout: float | None = None,
+    ) -> Result:
+        """Run a prepared call, show its notes, and raise its error with what it returned attached.
+
+        Used by `run` and by the `%%remote` magic; see `Session.run`.
+        """
+        head = {
+            **head,
+            "modules": [module.to_wire(with_source=True) for module in local.values()],
+            "files": source_files(shipment) | head.get("files", {}),
+            "folder": str(Path.cwd()),
+        }
+        result = self.session.run(head, shipment, on_event, timeout)
+        for note in result.head.get("notes", ()):
+            on_event({"event": "warning", "text": note})
+        if error := result.head.get("error"):
+            raised = remote_error(error["ename"], error["evalue"], error["traceback"])
+            raised.result = result
+            raise raised
+        return result
+
+
+class TechniqueReference:
+    """Stands for a technique in a pickle: the worker imports it by name."""
+
+    def __init__(self, technique: Technique) -> None:
+        self.technique = technique
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from interp_kernel.protocol import load_reference
+
+        reference: Reference = ("attribute", [self.technique.module, self.technique.name])
+        return load_reference, reference
+
+
+class Job:
+    """A call that runs in the background.
+
+    Attributes:
+        events: What it has shown so far, oldest first.
+    """
+
+    def __init__(self, session: Session, work: Callable[[Job], Any]) -> None:
+        """Starts `work` in a thread, which reports each event to `show` and calls under the job's id."""
+        self.id = new_id()
+        self.events: list[Head] = []
+        self._session = session
+        self._future: Future[Any] = Future()
+        threading.Thread(target=self._run, args=(work,), name="interp-job", daemon=True).start()
+
+    def show(self, event: Head) -> None:
+        """Take one event."""
+        self.events.append(event)
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the call and return its value, or raise its error; TimeoutError if it is not there in time."""
+        return self._future.result(timeout)
+
+    def cancel(self) -> bool:
+        """Stop the call, queued or running; True if it was there. `result()` then raises KeyboardInterrupt."""
+        return self._session.interrupt(self.id)
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._future.done()
+
+    def __repr__(self) -> str:
+        if not self.done():
+            return "<Job running>"
+        return "<Job failed>" if self._future.exception() else "<Job done>"
+
+    def _run(self, work: Callable[[Job], Any]) -> None:
+        try:
+            self._future.set_result(work(self))
+        except BaseException as error:  # noqa: BLE001 - it is raised again by result()
+            self._future.set_exception(error)
+
+
+def rename_older(options: dict[str, Any]) -> dict[str, Any]:
+    """Options under their present names, with a warning for each older one."""
+    for old, new in OLDER_NAMES.items():
+        if old in options:
+            warnings.warn(f"{old} is now called {new}.", DeprecationWarning, stacklevel=4)
+            options = {k: v for k, v in options.items() if k != old} | {new: options[old]}
+    return options
+
+
+def check_mode(mode: str, options: dict[str, Any]) -> str:
+    """Refuse modes that do not exist, and take out the options that only containers have."""
+    if mode == "modal":
+        raise SpecError("mode='modal' is not built yet in this version; mode='local' runs the worker on this machine.")
+    if mode != "local":
+        raise SpecError(f"mode {mode!r} is not known; expected `local`.")
+    for name in CONTAINER_OPTIONS:
+        if options.pop(name, None):
+            warnings.warn(f"{name} has no effect on a local worker; device_map places the model.", stacklevel=3)
+    return mode
+
+
+def check_window(options: dict[str, Any]) -> tuple[float, int]:
+    """How long the worker stays without calls."""
+    window, containers = options.pop("scaledown_window"), options.pop("min_containers")
+    if not isinstance(window, int | float) or window <= 0:
+        raise SpecError(f"scaledown_window is {window!r}; expected a number of seconds above 0.")
+    if containers not in (0, 1):
+        raise SpecError(f"min_containers is {containers!r}; expected 0, or 1 to keep the local worker for good.")
+    return float(window), int(containers)
+
+
+def source_files(shipment: Shipment) -> dict[str, tuple[str, int | None]]:
+    """Text of the cells whose functions travel along, and their numbers, for the worker's tracebacks."""
+    import linecache
+
+    numbers = getattr(getattr(current_shell(), "compile", None), "_filename_map", {})
+    return {name: ("".join(linecache.getlines(name)), numbers.get(name)) for name in shipment.files}
+
+
+def current_shell() -> Any:
+    """IPython's shell, if this process is one; it is not imported for the question."""
+    module = sys.modules.get("IPython")
+    return module.get_ipython() if module is not None else None

@@ -1,0 +1,47 @@
+"""Which modules a syntax tree imports: found by reading, nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+
+def imported_modules(tree: ast.AST, package: str = "") -> tuple[str, ...]:
+    """Absolute names of all modules that the code may import, wherever the statement stands.
+
+    `from a import b` gives `a` and `a.b`, because only the file system knows whether b is a submodule.
+    `importlib.import_module("a")` and `__import__("a")` count where the name is written out.
+
+    Args:
+        tree: Any part of a module's syntax tree.
+        package: Package that the code belongs to, against which relative imports are resolved; where it is
+            empty or too shallow they are left out.
+
+    Returns:
+        Each name once.
+    """
+    return tuple(dict.fromkeys(name for node in ast.walk(tree) for name in _imported_by(node, package)))
+
+
+def _imported_by(node: ast.AST, package: str) -> Iterator[str]:
+    match node:
+        case ast.Import(names=names):
+            yield from (alias.name for alias in names)
+        case ast.ImportFrom(module=module, names=names, level=level):
+            base = _absolute(module or "", level, package)
+            if base:
+                yield base
+                yield from (f"{base}.{alias.name}" for alias in names if alias.name != "*")
+        case ast.Call(func=ast.Name(id="import_module" | "__import__"), args=[ast.Constant(value=str(name)), *_]):
+            yield from [name] if not name.startswith(".") else []
+        case ast.Call(func=ast.Attribute(attr="import_module"), args=[ast.Constant(value=str(name)), *_]):
+            yield from [name] if not name.startswith(".") else []
+
+
+def _absolute(module: str, level: int, package: str) -> str:
+    if level == 0:
+        return module
+    parts = package.split(".") if package else []
+    if level > len(parts):
+        return ""
+    return ".".join([*parts[: len(parts) - level + 1], *([module] if module else [])])

@@ -1,0 +1,448 @@
+"""`%%remote`, which runs a cell's body on a warm worker, and `%remote`, which looks after the workers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import linecache
+import os
+import shlex
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand, output_can_be_silenced
+
+from interp_kernel import completion
+from interp_kernel.cell import Cell, parse_cell
+from interp_kernel.client import InterpClient, Job
+from interp_kernel.errors import InterpError, RemoteError, SpecError, WorkerDiedError, remote_error
+from interp_kernel.output import Screen
+from interp_kernel.protocol import Head
+from interp_kernel.session import RemoteValue, Result, new_id
+from interp_kernel.sources import collect_modules, read_techniques
+
+FETCH_LIMIT = 10_000_000  # bytes; what is larger stays on the worker
+NEVER_READ = {"model", "tokenizer"}
+SETTINGS_VARIABLE = "INTERP_MODEL"
+BATCH_VARIABLE = "INTERP_BATCH"  # set by our papermill engine, which drops what a cell shows after its end
+
+
+class MagicError(InterpError):
+    """A magic's own line is wrong. Not IPython's UsageError, of which run reports show neither name nor text."""
+
+
+class LineParser(argparse.ArgumentParser):
+    """Reads a magic's line; errors and help become exceptions and text instead of an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the line and say what it may hold."""
+        raise MagicError(f"{self.prog}: {message}.\n{self.format_usage().strip()}")
+
+
+def cell_parser() -> LineParser:
+    """Options of `%%remote`."""
+    parser = LineParser("%%remote", add_help=False, allow_abbrev=False)
+    parser.add_argument("--worker", metavar="NAME", help="worker to run on; by default the one in use")
+    parser.add_argument("-i", dest="inputs", action="append", default=[], metavar="NAME", help="send this name too")
+    parser.add_argument(
+        "-o", dest="outputs", action="append", default=[], metavar="NAME", help="bring its value, of any size"
+    )
+    parser.add_argument("--keep", action="append", default=[], metavar="NAME", help="leave its value on the worker")
+    parser.add_argument("--timeout", type=float, metavar="S", help="stop the cell after so many seconds")
+    parser.add_argument("--background", action="store_true", help="return a job at once")
+    parser.add_argument("--quiet", action="store_true", help="show nothing but errors and warnings")
+    return parser
+
+
+def start_parser() -> LineParser:
+    """Options of `%remote start`: those of WorkerSpec and of InterpClient."""
+    parser = LineParser("%remote start", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("model_name", nargs="?", metavar="MODEL", help="demo, a hub name or a local folder")
+    parser.add_argument("--name", help="name for --worker and %%remote use; by default the model's")
+    parser.add_argument("--backend", dest="mode", help="local")
+    for option in ("revision", "base-model", "tokenizer-name", "dtype", "attn-implementation", "hidden-system-prompt"):
+        parser.add_argument(f"--{option}")
+    parser.add_argument("--device-map", type=json_or_text, help="auto, a device, or JSON")
+    parser.add_argument("--quantization", type=json_or_text, help="bnb-4bit, bnb-8bit, or JSON")
+    parser.add_argument("--peft", dest="is_peft", action="store_true", help="MODEL is a LoRA adapter")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--scaledown-window", type=float, metavar="S", help="end after so many idle seconds (300)")
+    parser.add_argument("--min-containers", type=int, help="1 keeps the worker for good")
+    parser.add_argument("--hold", action="store_true", help="keep it as long as this notebook's kernel lives")
+    for option in ("app-name", "gpu", "image"):
+        parser.add_argument(f"--{option}", help="for containers")
+    return parser
+
+
+def json_or_text(text: str) -> Any:
+    """An option's value: JSON if it looks like an object."""
+    return json.loads(text) if text.startswith("{") else text
+
+
+@magics_class
+class RemoteMagics(Magics):
+    """The two magics of one notebook and the workers that it uses."""
+
+    shell: Any  # IPython's; kernels' shells have methods that its own class lacks
+
+    def __init__(self, shell: Any) -> None:
+        """Nothing starts before the first remote cell."""
+        super().__init__(shell)
+        self.workers: dict[str, InterpClient] = {}
+        self.current: str | None = None
+        self.jobs: list[Job] = []
+        completion.install(shell, self)
+
+    # ---------------------------------------------------------------------------------------- cells
+
+    @no_var_expand
+    @output_can_be_silenced
+    @cell_magic("remote")  # type: ignore[arg-type]
+    def remote_cell(self, line: str, body: str) -> Job | None:
+        """Run the cell's body on the worker with `model` and `tokenizer`; `%remote help` tells the options."""
+        options = cell_parser().parse_args(split_line(line))
+        cell = self._parse(line, body)
+        client = self.client(options.worker)
+        if not options.background or os.environ.get(BATCH_VARIABLE):
+            with self._side_channel():
+                self._run(client, cell, options, Screen(self.shell, quiet=options.quiet))
+            return None
+        return self._start_job(client, cell, options)
+
+    def _parse(self, line: str, body: str) -> Cell:
+        shell = self.shell
+        parent = shell.get_parent() if hasattr(shell, "get_parent") else {}
+        raw = (parent or {}).get("content", {}).get("code") or f"%%remote {line}\n{body}"
+        count = (
+            getattr(getattr(shell.displayhook, "exec_result", None), "execution_count", None) or shell.execution_count
+        )
+        filename = f"<remote-cell-{os.getpid()}-{count}-{hash(raw) & 0xFFFFFF:06x}>"
+        linecache.cache[filename] = (len(raw), None, raw.splitlines(True), filename)
+        shell.compile._filename_map[filename] = count
+        try:
+            cell = parse_cell(
+                body,
+                raw=raw,
+                filename=filename,
+                execution_count=count,
+                transform=shell.transform_cell,
+                defined=shell.user_ns,
+            )
+        except SyntaxError as error:
+            lines = shell.SyntaxTB.structured_traceback(type(error), error, [])
+            raise remote_error("SyntaxError", f"{error.msg} (line {error.lineno})", lines) from None
+        linecache.cache[filename] = (len(cell.raw), None, cell.raw.splitlines(True), filename)
+        return cell
+
+    def _run(
+        self,
+        client: InterpClient,
+        cell: Cell,
+        options: argparse.Namespace,
+        screen: Screen,
+        job_id: str | None = None,
+    ) -> Result:
+        """Send a cell, wait for it, and take over what it assigned, also if it failed half-way."""
+        client.ensure(screen.show)
+        inputs = self._inputs(cell, options.inputs)
+        shipment = client.ship_named(inputs, inputs)
+        local = collect_modules([*cell.imports, *shipment.modules], search=self._module_folders())
+        self._warn_of_mutations(cell, screen)
+        head: Head = {
+            "kind": "cell",
+            "id": job_id or new_id(),
+            "background": job_id is not None,
+            "cell": {
+                "source": cell.source,
+                "raw": cell.raw,
+                "filename": cell.filename,
+                "line_offset": cell.line_offset,
+                "writes": cell.writes,
+                "show": "none" if cell.silenced or options.quiet else self.shell.ast_node_interactivity,
+            },
+            "files": {cell.filename: (cell.raw, cell.execution_count)},
+            "want": options.outputs,
+            "keep": options.keep,
+            "fetch_limit": FETCH_LIMIT,
+        }
+        try:
+            result = client.run_call(head, shipment, local, screen.show, options.timeout)
+        except RemoteError as error:
+            if error.result is not None:
+                self._assign(error.result)
+                error.result = None
+            raise
+        self._assign(result)
+        self._display(result, screen)
+        return result
+
+    def _inputs(self, cell: Cell, more: Iterable[str]) -> dict[str, Any]:
+        space, hidden = self.shell.user_ns, self.shell.user_ns_hidden
+        for name in more:
+            if name not in space:
+                raise MagicError(f"%%remote -i {name}: the notebook has no variable {name!r}.")
+        reads = [n for n in cell.reads if n in space and n not in hidden and n not in NEVER_READ]
+        return {name: space[name] for name in (*reads, *more)}
+
+    def _assign(self, result: Result) -> None:
+        self.shell.user_ns.update({name: value for name, value in result.values.items() if name != "_"})
+
+    def _display(self, result: Result, screen: Screen) -> None:
+        """Show the last expression as IPython would, with the worker's own rendering and the value as `Out[n]`.
+
+        A background cell shows it only: `_` and `Out` belong to the cell that runs in front.
+        """
+        bundle = result.head.get("display")
+        if bundle is None or not bundle["data"]:
+            return
+        if isinstance(screen, JobScreen):
+            screen.publish(bundle["data"], bundle["metadata"], {}, False)
+            return
+        hook = self.shell.displayhook
+        hook.start_displayhook()
+        hook.write_output_prompt()
+        hook.write_format_data(bundle["data"], bundle["metadata"])
+        hook.update_user_ns(result.values.get("_"))
+        hook.fill_exec_result(result.values.get("_"))
+        hook.finish_displayhook()
+
+    def _warn_of_mutations(self, cell: Cell, screen: Screen) -> None:
+        space = self.shell.user_ns
+        for name, line in cell.mutations:
+            if name in space and name not in NEVER_READ and type(space[name]) is not RemoteValue:
+                screen.warn(
+                    f"line {line} changes {name!r} in place on the worker's copy, which does not come back; "
+                    f"assign it ({name} = ...) to bring it back"
+                )
+                break
+
+    def _module_folders(self) -> list[Path]:
+        folders = [Path.cwd()]
+        if (path := notebook_path(self.shell)) is not None and path.parent not in folders:
+            folders.append(path.parent)
+        return folders
+
+    def _start_job(self, client: InterpClient, cell: Cell, options: argparse.Namespace) -> Job:
+        """Run a cell in a thread whose output goes to the cell that it belongs to."""
+        shell = self.shell
+        parent = shell.get_parent() if hasattr(shell, "get_parent") else {}
+
+        def work(job: Job) -> Any:
+            tokens = shell.set_thread_parent(parent) if hasattr(shell, "set_thread_parent") else None
+            screen = JobScreen(job, Screen(shell, quiet=options.quiet))
+            try:
+                return self._run(client, cell, options, screen, job.id).values.get("_")
+            except (RemoteError, WorkerDiedError, KeyboardInterrupt) as error:
+                shell.showtraceback((type(error), error, None))
+                raise
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                if tokens is not None:
+                    shell.reset_thread_parent(tokens)
+
+        job = Job(client.session, work)
+        self.jobs = [j for j in self.jobs if not j.done()] + [job]
+        return job
+
+    def _side_channel(self) -> AbstractContextManager[None]:
+        """Context in which our kernel answers completions although its main thread waits."""
+        kernel: Any = getattr(self.shell, "kernel", None)
+        if not hasattr(kernel, "answering_meanwhile"):
+            return nullcontext()
+        context: AbstractContextManager[None] = kernel.answering_meanwhile()
+        return context
+
+    # -------------------------------------------------------------------------------------- workers
+
+    def client(self, name: str | None = None) -> InterpClient:
+        """The worker of a name, or the one in use; the first is the notebook's default, made here."""
+        name = name or self.current
+        if name is None:
+            options = default_settings(self.shell)
+            name = str(options.get("model_name", "demo"))
+            self.workers[name] = InterpClient(**options)
+            self.current = name
+        if name not in self.workers:
+            known = ", ".join(self.workers) or "none yet"
+            raise MagicError(f"No worker is called {name!r}; this notebook has: {known}. Start it with %remote start.")
+        return self.workers[name]
+
+    @line_magic("remote")  # type: ignore[arg-type]
+    def remote_line(self, line: str) -> None:
+        """`%remote start|use|status|interrupt|restart|stop|logs|techniques|help`."""
+        words = split_line(line) or ["help"]
+        verb, rest = words[0], words[1:]
+        verbs = {name.removeprefix("_do_"): getattr(self, name) for name in dir(type(self)) if name.startswith("_do_")}
+        if verb not in verbs:
+            raise MagicError(f"%remote {verb} is not known; expected one of {', '.join(sorted(verbs))}.")
+        verbs[verb](rest)
+
+    def _do_start(self, words: list[str]) -> None:
+        """Start a worker, or attach to it, and use it from now on."""
+        options = vars(start_parser().parse_args(words))
+        hold = options.pop("hold", False)
+        fallback = default_settings(self.shell) if "model_name" not in options else {}
+        options = {**fallback, **options}
+        name = options.pop("name", None) or str(options.get("model_name", "demo"))
+        client = InterpClient(**options)
+        known = self.workers.get(name)
+        if known is not None and known.spec == client.spec:
+            client.session = known.session  # its handles stay good
+        info = client.connect(Screen(self.shell).show)
+        if hold:
+            client.session.ask({"verb": "hold"})
+        self.workers[name], self.current = client, name
+        print(describe_worker(name, client, info))
+
+    def _do_use(self, words: list[str]) -> None:
+        """Make another worker of this notebook the one that cells run on."""
+        (name,) = expect(words, 1, "%remote use NAME")
+        self.client(name)
+        self.current = name
+
+    def _do_status(self, words: list[str]) -> None:
+        """Say what each worker of this notebook does."""
+        expect(words, 0, "%remote status")
+        if not self.workers:
+            print("No worker yet; the first %%remote cell starts one.")
+        for name, client in self.workers.items():
+            print(("* " if name == self.current else "  ") + describe_status(name, client))
+
+    def _do_interrupt(self, words: list[str]) -> None:
+        """Stop what runs in the background."""
+        expect(words, 0, "%remote interrupt")
+        stopped = sum(job.cancel() for job in self.jobs if not job.done())
+        print(f"{stopped} background call{'s' * (stopped != 1)} stopped.")
+
+    def _do_restart(self, words: list[str]) -> None:
+        """Load the model anew; remote values are lost."""
+        client = self.client(words[0] if words else None)
+        lost = client.session.stop("restarted by %remote restart")
+        info = client.connect(Screen(self.shell).show)
+        print(describe_worker(words[0] if words else self.current or "", client, info) + lost)
+
+    def _do_stop(self, words: list[str]) -> None:
+        """End the worker, for all who use it."""
+        client = self.client(words[0] if words else None)
+        lost = client.session.stop()
+        print(f"The worker has ended; the next remote cell starts a new one.{lost}")
+
+    def _do_logs(self, words: list[str]) -> None:
+        """Show the end of the worker's own log."""
+        print(self.client(words[0] if words else None).backend.log_tail(10_000) or "The log is empty.")
+
+    def _do_techniques(self, words: list[str]) -> None:
+        """List the techniques: those of the package, or of a folder."""
+        import importlib.util
+
+        spec = importlib.util.find_spec("techniques")
+        folders = [Path(w) for w in words] or [Path(p) for p in (spec.submodule_search_locations or () if spec else ())]
+        for technique in (t for folder in folders for t in read_techniques(folder)):
+            print(f"{technique.name}{technique.signature}\n    {technique.purpose}")
+
+    def _do_help(self, words: list[str]) -> None:
+        """Say what the magics can do."""
+        expect(words, 0, "%remote help")
+        print("%%remote [options]      run the cell on the worker, with `model` and `tokenizer` and what it reads\n")
+        print(cell_parser().format_help().partition("\n\n")[2])
+        for name in dir(type(self)):
+            if name.startswith("_do_"):
+                print(f"%remote {name[4:]:<12} {getattr(self, name).__doc__}")
+        print("\n" + start_parser().format_help())
+
+
+class JobScreen(Screen):
+    """Shows a background call's events and keeps them with its job."""
+
+    def __init__(self, job: Job, screen: Screen) -> None:
+        super().__init__(screen.shell, quiet=screen.quiet)
+        self._job = job
+
+    def show(self, event: Head) -> None:
+        """Show one event."""
+        self._job.show(event)
+        super().show(event)
+
+
+# ------------------------------------------------------------------------------------------------ texts
+
+
+def split_line(line: str) -> list[str]:
+    """Words of a magic's line, quotes respected."""
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise MagicError(f"The magic's line can't be read: {error}.") from None
+
+
+def expect(words: list[str], n: int, usage: str) -> list[str]:
+    """The words of a subcommand that takes a fixed number of them."""
+    if len(words) != n:
+        raise MagicError(f"Got {len(words)} words; usage: {usage}.")
+    return words
+
+
+def describe_worker(name: str, client: InterpClient, info: Head) -> str:
+    """One line on a worker that is ready."""
+    stays = (
+        "until it is stopped" if client.min_containers else f"{client.scaledown_window / 60:g} min after the last call"
+    )
+    size = f"{info['n_params'] / 1e6:,.1f} M parameters, " if "n_params" in info else ""
+    pid = client.session.hello["pid"]
+    place = f"{', '.join(info.get('dtypes', ()))} on {', '.join(info.get('devices', ()))}"
+    return f"Worker {name!r} is ready: {size}{place}, pid {pid}; stays warm {stays}."
+
+
+def describe_status(name: str, client: InterpClient) -> str:
+    """One line on what a worker does."""
+    hello = client.session.ask({"verb": "hello"})
+    if hello is None:
+        before = client.session.hello
+        why = client.backend.why_ended(before["pid"]) if before else None
+        return f"{name}: not running" + (f" ({why})" if why else "")
+    text = f"{name}: {hello['state']}, pid {hello['pid']}, {hello['clients']} clients, {hello['queued']} calls queued"
+    return "; ".join([text, *hello["damage"]])
+
+
+# ------------------------------------------------------------------------------------------- defaults
+
+
+def default_settings(shell: Any) -> dict[str, Any]:
+    """Which model a notebook's first remote cell uses.
+
+    The environment variable INTERP_MODEL decides, a name or a JSON object of options; else the notebook's own
+    metadata (`interp`: the same); else the demo model.
+    """
+    if text := os.environ.get(SETTINGS_VARIABLE):
+        return settings_from(json_or_text(text), SETTINGS_VARIABLE)
+    path = notebook_path(shell)
+    if path is not None and path.is_file():
+        try:
+            given = json.loads(path.read_text(encoding="utf-8")).get("metadata", {}).get("interp")
+        except (OSError, ValueError):
+            given = None  # it is being written, or is no notebook
+        if given:
+            return settings_from(given, f"metadata of {path.name}")
+    return {}
+
+
+def settings_from(given: Any, where: str) -> dict[str, Any]:
+    """Options of InterpClient from a model's name or an object; `model` is a short form of `model_name`."""
+    if isinstance(given, str):
+        return {"model_name": given}
+    if not isinstance(given, dict):
+        raise SpecError(f"{where} names the model by {given!r}; expected a name or an object of options.")
+    options = dict(given)
+    if "model" in options:
+        options["model_name"] = options.pop("model")
+    return options
+
+
+def notebook_path(shell: Any) -> Path | None:
+    """The notebook's file, where the server (Jupyter) or the editor (VS Code) tells it."""
+    given = shell.user_ns.get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME")
+    return Path(given) if given and str(given).endswith(".ipynb") else None

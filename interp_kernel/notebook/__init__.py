@@ -1,0 +1,1 @@
+"""Running whole notebooks: the papermill engine, and `interp-kernel run`."""

@@ -1,0 +1,43 @@
+"""An executed notebook as one HTML file that shows its figures without a server or a network."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+PLOTLY = "application/vnd.plotly.v1+json"
+
+
+def write_html(notebook: Path) -> Path:
+    """Write the HTML beside the notebook, under the same name.
+
+    plotly's figures are stored as data; the page gets plotly's code (4.8 MB) once, and only if there is a figure.
+    """
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    nb = copy.deepcopy(nbformat.read(notebook, as_version=4))
+    figures = [
+        output.data for cell in nb.cells for output in cell.get("outputs", []) if PLOTLY in output.get("data", {})
+    ]
+    for index, data in enumerate(figures):
+        data["text/html"] = _figure_html(data.pop(PLOTLY), with_code=index == 0)
+    page, _ = HTMLExporter(template_name="lab").from_notebook_node(nb, resources={"metadata": {"name": notebook.stem}})
+    target = notebook.with_suffix(".html")
+    target.write_text(page, encoding="utf-8", errors="replace")
+    return target
+
+
+def _figure_html(figure: dict[str, Any], *, with_code: bool) -> str:
+    import plotly.io
+
+    return str(
+        plotly.io.to_html(
+            {"data": figure.get("data", []), "layout": figure.get("layout", {})},
+            config=figure.get("config"),
+            include_plotlyjs=with_code,
+            full_html=False,
+            validate=False,
+        )
+    )

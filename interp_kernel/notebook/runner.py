@@ -1,0 +1,433 @@
+"""Runs a notebook's cells for papermill and records truthfully how each of them ended.
+
+papermill's own engine marks cells completed that never ran when the kernel dies or a cell times out, inserts marker
+cells that shift every index, and writes the whole file twice per cell. Here the record is:
+
+    status of the run   completed | failed | timeout | dead-kernel | interrupted   in metadata.papermill.interp
+    status of a cell    completed | failed (at most one, the last that ran) | pending
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import nbformat
+import papermill.execute
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+from nbformat.v4 import new_output
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NotebookExecutionManager
+from papermill.exceptions import PapermillExecutionError
+from papermill.iorw import LocalHandler, papermill_io
+
+from interp_kernel.client import InterpClient
+from interp_kernel.kernelspec import NAME, kernelspec_folder
+from interp_kernel.magics import json_or_text, settings_from
+
+POLL_S = 0.1
+GRACE_S = 10.0
+"""How long a cell may take to end after it was interrupted, before its kernel is killed."""
+SAVE_EVERY_S = 1.0
+SAVE_SHARE = 20
+"""Between two saves lies at least this many times the duration of the last: they take 5 % of the time at most."""
+
+COMPLETED: weakref.WeakValueDictionary[int, NotebookNode] = weakref.WeakValueDictionary()
+
+
+class RunInterruptedError(KeyboardInterrupt):
+    """A signal stopped the run; the notebook has been saved.
+
+    Attributes:
+        signum: Number of the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"The run was stopped by {signal.Signals(signum).name}.")
+        self.signum = signum
+
+
+class CellStoppedError(Exception):
+    """The runner itself ended a cell: it ran too long, or a signal came."""
+
+    def __init__(self, status: str, ename: str, evalue: str) -> None:
+        super().__init__(evalue)
+        self.status, self.ename, self.evalue = status, ename, evalue
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a run ended that did not complete; `index` counts the cells of the executed notebook, None before them."""
+
+    status: str
+    index: int | None
+    ename: str
+    evalue: str
+    traceback: tuple[str, ...] = ()
+
+
+def execute(
+    nb: NotebookNode,
+    kernel_name: str,
+    *,
+    output_path: str | None = None,
+    progress_bar: bool | dict[str, Any] = True,
+    log_output: bool = False,
+    autosave_cell_every: float = 30,
+    execution_timeout: float | None = None,
+    start_timeout: int = 60,
+    stdout_file: Any = None,
+    stderr_file: Any = None,
+    model: str | None = None,
+    kernel_cwd: str | None = None,
+    **client_options: Any,
+) -> NotebookNode:
+    """Run every cell of `nb`, in place.
+
+    Args:
+        nb: Notebook as papermill has prepared it: parameters injected, metadata.papermill present.
+        kernel_name: Name of the kernelspec; `interp` is found even where it is not installed.
+        output_path: Where the notebook is saved while it runs; None saves it at the end alone.
+        progress_bar: True, False or options of tqdm.
+        log_output: Whether outputs also go to papermill's log.
+        autosave_cell_every: 0 turns saving in mid-run off. Other values mean nothing: saving is bounded by its cost.
+        execution_timeout: Seconds that each cell may take.
+        start_timeout: Seconds that the kernel may take to start.
+        stdout_file: File that also gets what cells print.
+        stderr_file: The same for stderr.
+        model: Model for the notebook's remote cells, over the notebook's own `metadata.interp`: a name, or a JSON
+            object of InterpClient's options.
+        kernel_cwd: Working directory of the kernel; by default this process's.
+        client_options: Traits of nbclient's NotebookClient.
+
+    Raises:
+        PapermillExecutionError: A cell raised, ran too long, or lost its kernel.
+        RunInterruptedError: SIGINT or SIGTERM stopped the run.
+    """
+    client_options.pop("input_path", None)
+    final_path = output_path or nb.metadata.papermill.get("output_path")
+    record = Record(nb, output_path, log_output, progress_bar, autosave_cell_every)
+    client = Client(
+        record,
+        km=AsyncKernelManager(kernel_name=kernel_name, kernel_spec_manager=SpecManager(), transport_encryption="auto"),
+        kernel_name=kernel_name,
+        startup_timeout=start_timeout,
+        log_output=log_output,
+        stdout_file=stdout_file,
+        stderr_file=stderr_file,
+        cell_timeout_s=execution_timeout,
+        **{"coalesce_streams": True, "iopub_timeout": 60, **client_options},
+    )
+    environment = kernel_environment(nb, model)
+    record.notebook_start()
+    with client.signals_caught():
+        failure = run_sync(client.run_cells)(env=environment, cwd=kernel_cwd or os.getcwd())
+    record.finish(failure, final_path)
+    if failure is not None:
+        raise_failure(nb, failure, client.signals)
+    leave_judging_to_this_engine(nb)
+    return nb
+
+
+def raise_failure(nb: NotebookNode, failure: Failure, signals: list[int]) -> None:
+    """End papermill's run with the exception that fits; its exit code is then 1, as the record says."""
+    if failure.status == "interrupted":
+        raise RunInterruptedError(signals[0])
+    cell = nb.cells[failure.index] if failure.index is not None else {}
+    raise PapermillExecutionError(
+        cell_index=failure.index,
+        exec_count=cell.get("execution_count"),
+        source=cell.get("source", ""),
+        ename=failure.ename,
+        evalue=failure.evalue,
+        traceback=list(failure.traceback) or [f"{failure.ename}: {failure.evalue}"],
+    )
+
+
+def leave_judging_to_this_engine(nb: NotebookNode) -> None:
+    """Keep papermill from failing a completed run because a cell tagged `raises-exception` raised, as it should.
+
+    papermill looks at the outputs once more after every engine and has no way to be told; other runs keep its verdict.
+    """
+    COMPLETED[id(nb)] = nb
+    judge = papermill.execute.raise_for_execution_errors
+    if hasattr(judge, "knows_completed"):
+        return
+
+    def judge_others(found: NotebookNode, output_path: str | None) -> None:
+        if COMPLETED.pop(id(found), None) is not found:
+            judge(found, output_path)
+
+    judge_others.knows_completed = True  # type: ignore[attr-defined]
+    papermill.execute.raise_for_execution_errors = judge_others
+
+
+def kernel_environment(nb: NotebookNode, model: str | None) -> dict[str, str]:
+    """Environment of the kernel: this process's, with the model that its remote cells use by default.
+
+    Raises:
+        SpecError: An option of the model is wrong.
+    """
+    env = dict(os.environ)
+    # plotly's own choice stores 4.8 MB of JavaScript with the first figure of a notebook.
+    env.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
+    # It drops what a cell shows after its end, so jobs in the background must end with their cell.
+    env["INTERP_BATCH"] = "1"
+    choice = nb.metadata.get("interp") if model is None else json_or_text(model)
+    if choice:
+        options = settings_from(choice, "metadata.interp" if model is None else "--model")
+        InterpClient(**options).close()
+        env["INTERP_MODEL"] = json.dumps(options)
+    return env
+
+
+class SpecManager(KernelSpecManager):
+    """Finds the kernel `interp` also where its kernelspec was never installed, as in a plain checkout."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        """The installed kernelspec; for `interp` else the one of this package."""
+        try:
+            return super().get_kernel_spec(kernel_name)
+        except NoSuchKernel:
+            if kernel_name != NAME:
+                raise
+            return KernelSpec.from_resource_dir(str(kernelspec_folder()))
+
+
+class Record(NotebookExecutionManager):  # type: ignore[misc]
+    """papermill's record of a run in the notebook's metadata, saved atomically and at a bounded cost."""
+
+    saved, save_cost_s = float("-inf"), 0.0
+    heading = "Running"
+
+    def save(self, **_: Any) -> None:
+        """Save if the last save is long enough ago."""
+        pause = max(SAVE_EVERY_S, SAVE_SHARE * self.save_cost_s)
+        if self.output_path and self.autosave_cell_every and time.monotonic() - self.saved >= pause:
+            self.write(self.output_path)
+
+    def autosave_cell(self, **_: Any) -> None:
+        """What papermill calls at every output."""
+        self.save()
+
+    def write(self, path: str) -> None:
+        """Save now."""
+        start = time.monotonic()
+        write_atomically(self.nb, path)
+        self.saved = time.monotonic()
+        self.save_cost_s = self.saved - start
+
+    def cell_start(self, cell: NotebookNode, cell_index: int | None = None, **_: Any) -> None:
+        """Mark the cell running and show the heading above it in the progress bar."""
+        if cell.cell_type == "markdown" and cell.source.lstrip().startswith("#"):
+            self.heading = cell.source.lstrip().splitlines()[0].strip("# ")[:40]
+        if self.pbar is not None:
+            self.pbar.set_description_str(self.heading, refresh=sys.stderr.isatty())
+        super().cell_start(cell, cell_index)
+
+    def finish(self, failure: Failure | None, path: str | None) -> None:
+        """Write the end of the run into the metadata and save; what never ran stays pending."""
+        self.end_time = self.now()
+        facts = self.nb.metadata.papermill
+        facts["end_time"] = self.end_time.isoformat()
+        facts["duration"] = (self.end_time - self.start_time).total_seconds()
+        facts["exception"] = True if failure else None
+        facts["interp"] = {"status": "completed"}
+        if failure:
+            facts["interp"] = {
+                "status": failure.status,
+                "failed_cell": failure.index,
+                "ename": failure.ename,
+                "evalue": failure.evalue,
+            }
+        self.cleanup_pbar()
+        if path:
+            self.write(path)
+
+
+def write_atomically(nb: NotebookNode, path: str) -> None:
+    """Replace the file in one step, so that a killed run leaves a whole notebook; lone surrogates become `?`."""
+    handler = papermill_io.get_handler(path)
+    text = nbformat.writes(nb).encode("utf-8", errors="replace")
+    if not isinstance(handler, LocalHandler):
+        papermill_io.write(text.decode(), path)
+        return
+    # papermill may have changed directory for the kernel; its handler remembers where paths start.
+    target = Path(handler._cwd or ".", path).resolve()
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    scratch.write_bytes(text)
+    scratch.replace(target)
+
+
+class Client(PapermillNotebookClient):  # type: ignore[misc]
+    """nbclient's client, whose cells can be stopped by time or signal and always end in a known state."""
+
+    def __init__(self, record: Record, *, cell_timeout_s: float | None, **options: Any) -> None:
+        super().__init__(record, **options)
+        self.cell_timeout_s = cell_timeout_s
+        self.signals: list[int] = []
+
+    @contextmanager
+    def signals_caught(self) -> Iterator[None]:
+        """Note SIGINT and SIGTERM instead of dying of them; only a process's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        caught = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(signum, self.note_signal) for signum in caught]
+        try:
+            yield
+        finally:
+            for signum, handler in zip(caught, before, strict=True):
+                signal.signal(signum, handler)
+
+    def note_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Remember the signal; the loop looks every POLL_S."""
+        self.signals.append(signum)
+
+    async def run_cells(self, **start: Any) -> Failure | None:
+        """Start the kernel, run the cells, end the kernel; returns what went wrong, if anything did."""
+        self.reset_execution_trackers()
+        index = None
+        try:
+            await self.guarded(self.start(**start), None)
+            for index, cell in enumerate(self.nb.cells):
+                self.raise_if_signalled("before")
+                await self.run_cell(cell, index)
+            self.set_widgets_metadata()
+        except (CellExecutionError, CellStoppedError, DeadKernelError, CellTimeoutError) as error:
+            return await self.failure(error, index)
+        finally:
+            if self.km is not None and self.km.has_kernel:
+                await self._async_cleanup_kernel()
+        return None
+
+    async def start(self, **start: Any) -> None:
+        """Start the kernel and learn its language.
+
+        Raises:
+            DeadKernelError: It did not come up.
+        """
+        spec = self.km.kernel_spec
+        if spec is not None and any(name in " ".join(spec.argv) for name in ("ipykernel", "interp_kernel")):
+            # Runs in parallel would contend for the one history file, and a run is nobody's history.
+            self.extra_arguments = ["--HistoryManager.hist_file=:memory:"]
+        try:
+            await self.async_start_new_kernel(**start)
+            await self.async_start_new_kernel_client()
+        except RuntimeError as error:
+            raise DeadKernelError(f"The kernel {self.kernel_name!r} did not start: {error}.") from error
+        reply = await self.async_wait_for_reply(self.kc.kernel_info())
+        if reply is not None:
+            self.nb.metadata["language_info"] = reply["content"]["language_info"]
+
+    async def run_cell(self, cell: NotebookNode, index: int) -> None:
+        """Run one cell, whose status is right afterwards, whatever happens."""
+        self.nb_man.cell_start(cell, index)
+        try:
+            await self.guarded(self.async_execute_cell(cell, index), self.cell_timeout_s)
+        except BaseException:
+            self.nb_man.cell_exception(cell, cell_index=index)
+            raise
+        finally:
+            self.nb_man.cell_complete(cell, cell_index=index)
+
+    async def guarded(self, work: Coroutine[Any, Any, Any], timeout_s: float | None) -> None:
+        """Await `work`, saving the notebook meanwhile; stop it on a signal or after `timeout_s`.
+
+        Raises:
+            CellStoppedError: It was stopped, whether or not its code then ended by itself.
+        """
+        others = asyncio.all_tasks()
+        task = asyncio.ensure_future(work)
+        start = time.monotonic()
+        try:
+            while not (await asyncio.wait({task}, timeout=POLL_S))[0]:
+                self.nb_man.save()
+                if self.signals or (timeout_s and time.monotonic() - start > timeout_s):
+                    await self.stop(task)
+                    self.raise_if_signalled("in")
+                    raise CellStoppedError(
+                        "timeout",
+                        "CellTimeoutError",
+                        f"The cell ran longer than its {timeout_s:g} s and was stopped. Give it more time with "
+                        "--timeout, or less to do.",
+                    )
+            await task
+        finally:
+            leftovers = asyncio.all_tasks() - others
+            for leftover in leftovers:
+                leftover.cancel()
+            await asyncio.gather(*leftovers, return_exceptions=True)
+
+    async def stop(self, task: asyncio.Future[Any]) -> None:
+        """Interrupt the kernel once; kill it if that changes nothing, or at a second signal.
+
+        A second interrupt, which Jupyter's own shutdown would send too, tells a remote cell to kill its worker. A
+        worker whose kernel has died stops the call and keeps its model.
+        """
+        if not self.km.has_kernel:
+            return
+        signals, deadline = len(self.signals), time.monotonic() + GRACE_S
+        await self.km.interrupt_kernel()
+        while time.monotonic() < deadline and len(self.signals) == signals:
+            if (await asyncio.wait({task}, timeout=POLL_S))[0]:
+                task.exception()  # its own KeyboardInterrupt stands in the outputs; the caller says why
+                return
+        await self.km.provisioner.kill()
+
+    def raise_if_signalled(self, where: str) -> None:
+        """Raise CellStoppedError if a signal came; `where` it found the run: in a cell or before one."""
+        if self.signals:
+            name = signal.Signals(self.signals[0]).name
+            raise CellStoppedError("interrupted", "KeyboardInterrupt", f"{name} stopped the run {where} this cell.")
+
+    async def failure(self, error: Exception, index: int | None) -> Failure:
+        """Describe the error and make sure that the cell it hit shows it."""
+        found = await self.describe(error, index)
+        cell = self.nb.cells[index] if index is not None else None
+        if cell is not None and cell.metadata.papermill["status"] == "failed":
+            seen = [(output.get("ename"), output.get("evalue")) for output in cell.outputs]
+            if (found.ename, found.evalue) not in seen:
+                text = f"{found.ename}: {found.evalue}"
+                cell.outputs.append(new_output("error", ename=found.ename, evalue=found.evalue, traceback=[text]))
+            return found
+        return Failure(found.status, None, found.ename, found.evalue, found.traceback)
+
+    async def describe(self, error: Exception, index: int | None) -> Failure:
+        """The error as status, name, message and traceback."""
+        if isinstance(error, CellStoppedError):
+            return Failure(error.status, index, error.ename, error.evalue)
+        if isinstance(error, CellExecutionError):
+            outputs = self.nb.cells[index].outputs
+            shown = [line for output in outputs if output.output_type == "error" for line in output.traceback]
+            return Failure("failed", index, error.ename, error.evalue, tuple(shown))
+        if isinstance(error, DeadKernelError) and index is not None:
+            how = await self.kernel_exit()
+            message = f"The kernel {how} in this cell; every later cell is pending. Run the notebook again."
+            return Failure("dead-kernel", index, "DeadKernelError", message)
+        status = "dead-kernel" if isinstance(error, DeadKernelError) else "timeout"
+        return Failure(status, index, type(error).__name__, str(error))
+
+    async def kernel_exit(self) -> str:
+        """How the kernel's process ended, in words."""
+        code = await self.km.provisioner.poll() if self.km is not None and self.km.provisioner is not None else None
+        if code is None:
+            return "died"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -1,0 +1,393 @@
+"""What travels between a notebook and its worker: messages on a socket, and values as pickles.
+
+A message is a JSON head and frames of bytes. Frames of at least BLOB_MIN bytes do not go through the socket: they
+are written once into a memory file whose descriptor is passed, and the receiver maps it copy-on-write. The head's
+`blobs` table says where each lies, or by which digest the receiver already has it.
+
+Values are pickled with cloudpickle, tensors out of band and on the CPU in their own dtype. What must not be copied
+(the model, a remote value, a module) travels as a reference, resolved by the receiver.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import linecache
+import mmap
+import os
+import pickle
+import socket
+import struct
+import sys
+import tempfile
+import types
+from array import array
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+from interp_kernel.errors import ShipError
+
+PROTOCOL = 1
+BLOB_MIN = 1 << 20
+PAGE = mmap.PAGESIZE
+
+Head = dict[str, Any]
+Buffer = bytes | bytearray | memoryview | mmap.mmap
+Reference = tuple[str, Any]  # ("model", None), ("tokenizer", None), ("value", id), ("module", name)
+
+
+# ------------------------------------------------------------------------------------------------- blobs
+
+
+class BlobFile:
+    """A memory file that holds large frames; closed when nobody refers to it any more."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    @classmethod
+    def create(cls) -> BlobFile:
+        """A new, empty file that has no name."""
+        if hasattr(os, "memfd_create"):
+            return cls(os.memfd_create("interp-blob"))
+        with tempfile.TemporaryFile() as file:  # not Linux: an unlinked file does the same
+            return cls(os.dup(file.fileno()))
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Copy a buffer to a place in the file."""
+        while data:
+            n = os.pwrite(self.fd, data[: 1 << 30], offset)
+            data, offset = data[n:], offset + n
+
+    def map(self, offset: int, nbytes: int) -> mmap.mmap:
+        """Map copy-on-write: the reader may change what it got, and the file stays as it was sent."""
+        return mmap.mmap(self.fd, nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Packed:
+    """A message ready to be sent, more than once if need be: nothing in it refers to live data."""
+
+    def __init__(self, head: Head, frames: Sequence[Buffer] = (), known: Container[str] | None = None) -> None:
+        """Copy large frames into a blob file; with `known`, leave out those whose digest it contains."""
+        self.file: BlobFile | None = None
+        inline: list[bytes] = []
+        blobs: list[tuple[int, int, int | None, str | None]] = []
+        end = 0
+        for index, frame in enumerate(frames):
+            view = memoryview(frame).cast("B")
+            if view.nbytes < BLOB_MIN:
+                inline.append(bytes(view))
+                continue
+            digest = content_digest(view) if known is not None else None
+            if digest is not None and known is not None and digest in known:
+                blobs.append((index, view.nbytes, None, digest))
+                continue
+            self.file = self.file or BlobFile.create()
+            self.file.write(view, end)
+            blobs.append((index, view.nbytes, end, digest))
+            end += -(-view.nbytes // PAGE) * PAGE
+        self.head = {**head, "blobs": blobs} if blobs else head
+        self.inline = inline
+
+    @property
+    def digests(self) -> set[str]:
+        """Digests of the blobs that the receiver has once it has this message."""
+        return {digest for *_, digest in self.head.get("blobs", ()) if digest}
+
+    def encode(self) -> bytes:
+        """The message as it goes through the socket."""
+        frames = [json.dumps(self.head).encode(), *self.inline]
+        return struct.pack(f"!I{len(frames)}Q", len(frames), *map(len, frames)) + b"".join(frames)
+
+
+def content_digest(data: memoryview) -> str:
+    """128-bit hash of a buffer (xxh3: 18 GB/s here), the name under which a worker keeps it."""
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+class BlobStore:
+    """The blobs that a worker keeps, least recently used dropped first, so that unchanged inputs travel once."""
+
+    def __init__(self, limit_bytes: int = 1 << 30) -> None:
+        self.limit_bytes, self.nbytes = limit_bytes, 0
+        self._blobs: dict[str, tuple[BlobFile, int, int]] = {}
+
+    def missing(self, head: Head) -> list[str]:
+        """Digests that a message refers to and that are not, or no longer, here."""
+        return [d for _, _, offset, d in head.get("blobs", ()) if offset is None and d not in self._blobs]
+
+    def frames(self, head: Head, inline: Iterable[Buffer], file: BlobFile | None) -> list[Buffer]:
+        """All frames of a message in order: inline ones, new blobs (which are kept) and known ones."""
+        frames: list[Buffer] = list(inline)
+        for index, nbytes, offset, digest in head.get("blobs", ()):
+            if offset is None:
+                held, offset, nbytes = self._blobs[digest] = self._blobs.pop(digest)
+            else:
+                assert file is not None
+                held = file
+                if digest is not None:
+                    self._keep(digest, (held, offset, nbytes))
+            frames.insert(index, held.map(offset, nbytes))
+        return frames
+
+    def _keep(self, digest: str, blob: tuple[BlobFile, int, int]) -> None:
+        if digest in self._blobs or blob[2] > self.limit_bytes:
+            return
+        self._blobs[digest] = blob
+        self.nbytes += blob[2]
+        while self.nbytes > self.limit_bytes:
+            self.nbytes -= self._blobs.pop(next(iter(self._blobs)))[2]
+
+
+# ------------------------------------------------------------------------------------------------- channel
+
+
+class Channel:
+    """One end of a Unix stream socket that carries messages; one thread sends, one receives."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._buffer = bytearray()
+        self._fds: deque[int] = deque()
+
+    def fileno(self) -> int:
+        """Descriptor of the socket."""
+        return self.sock.fileno()
+
+    def send(self, packed: Packed) -> None:
+        """Send the whole message; blocks while the receiver is slow."""
+        data = memoryview(packed.encode())
+        self.send_rest(data[self.send_some(data, packed.file) :])
+
+    def send_some(self, data: memoryview, file: BlobFile | None, flags: int = 0) -> int:
+        """Send the start of a message, its descriptor attached to the first byte; returns the bytes taken."""
+        fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [file.fd]))] if file else []
+        return self.sock.sendmsg([data], fds, flags)
+
+    def send_rest(self, data: memoryview) -> None:
+        """Send what is left of a message; blocks."""
+        if data:
+            self.sock.sendall(data)
+
+    def receive(self) -> tuple[Head, list[bytes], BlobFile | None]:
+        """The next message; blocks. Raises EOFError when the other side is gone."""
+        while (message := self.received()) is None:
+            self.fill()
+        return message
+
+    def fill(self) -> None:
+        """Take what the socket has, at least one byte."""
+        data, ancillary, _, _ = self.sock.recvmsg(1 << 18, socket.CMSG_SPACE(16 * 4))
+        for level, kind, payload in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._fds.extend(array("i", payload[: len(payload) // 4 * 4]))
+        if not data:
+            raise EOFError("the other side closed the connection")
+        self._buffer += data
+
+    def received(self) -> tuple[Head, list[bytes], BlobFile | None] | None:
+        """A message that has arrived whole, or None."""
+        buffer = self._buffer
+        if len(buffer) < 4:
+            return None
+        n = int.from_bytes(buffer[:4], "big")
+        start = 4 + 8 * n
+        if len(buffer) < start:
+            return None
+        lengths = struct.unpack_from(f"!{n}Q", buffer, 4)
+        if len(buffer) < start + sum(lengths):
+            return None
+        frames: list[bytes] = []
+        for length in lengths:
+            frames.append(bytes(buffer[start : start + length]))
+            start += length
+        del buffer[:start]
+        head: Head = json.loads(frames[0])
+        has_file = any(offset is not None for _, _, offset, _ in head.get("blobs", ()))
+        return head, frames[1:], BlobFile(self._fds.popleft()) if has_file else None
+
+    def close(self) -> None:
+        """Close both directions; a thread that waits in `receive` gets EOFError."""
+        with suppress(OSError):  # the other side was first
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+        while self._fds:
+            os.close(self._fds.popleft())
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """User id of the process at the other end of a Unix socket."""
+    if hasattr(socket, "SO_PEERCRED"):
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", credentials)[1])
+    SOL_LOCAL, LOCAL_PEERCRED = 0, 1  # noqa: N806 - macOS' names; struct xucred: version, uid, ...
+    return int(struct.unpack_from("2I", sock.getsockopt(SOL_LOCAL, LOCAL_PEERCRED, 76))[1])
+
+
+# ------------------------------------------------------------------------------------------------- values
+
+
+class TooLargeError(Exception):
+    """The pickle passed the size it was allowed."""
+
+
+class _LimitedBytes(io.BytesIO):
+    def __init__(self, limit: int | None) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def write(self, data: Any) -> int:
+        written = super().write(data)
+        if self.limit is not None and self.tell() > self.limit:
+            raise TooLargeError
+        return written
+
+
+_resolve: ContextVar[Callable[[Reference], Any]] = ContextVar("resolve")
+
+
+def load_reference(kind: str, key: Any) -> Any:
+    """Called by the unpickler for what travelled as a reference."""
+    return _resolve.get()((kind, key))
+
+
+def _rebuild_tensor(data: Buffer, dtype: str, shape: tuple[int, ...], requires_grad: bool, is_parameter: bool) -> Any:
+    import torch
+
+    kind = getattr(torch, dtype)
+    flat = torch.frombuffer(data, dtype=torch.uint8).view(kind) if len(data) else torch.empty(0, dtype=kind)
+    tensor = flat.reshape(shape)
+    return torch.nn.Parameter(tensor, requires_grad) if is_parameter else tensor.requires_grad_(requires_grad)
+
+
+class Shipment:
+    """What `dumps` found out about a value on the way: the frames and what must go along."""
+
+    def __init__(self) -> None:
+        self.frames: list[Buffer] = []
+        self.modules: set[str] = set()  # modules whose functions or classes went by name
+        self.files: set[str] = set()  # files of functions that went by value: cells, for tracebacks
+        self.held: Sequence[Any] = ()  # remote values in it
+        self.by_value = False  # bytecode is inside, so both sides need the same Python minor version
+
+
+Reducer = Callable[[Any], Reference | None]
+
+
+@cache
+def _pickler_class() -> type[Any]:
+    """Made on first use, since it needs cloudpickle, and once, since making a class costs 0.1 ms."""
+    import cloudpickle
+
+    class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def __init__(self, shipment: Shipment, reducer: Reducer, limit: int | None) -> None:
+            self.stream = _LimitedBytes(limit)
+            self.shipment, self.reducer, self.limit, self.nbytes = shipment, reducer, limit, 0
+            super().__init__(self.stream, protocol=5, buffer_callback=self.take)
+
+        def take(self, buffer: pickle.PickleBuffer) -> bool:
+            raw = buffer.raw()
+            self.count(raw.nbytes)
+            self.shipment.frames.append(raw)
+            return False
+
+        def count(self, nbytes: int) -> None:
+            self.nbytes += nbytes
+            if self.limit is not None and self.nbytes > self.limit:
+                raise TooLargeError
+
+        def reducer_override(self, obj: Any) -> Any:
+            if (reference := self.reducer(obj)) is not None:
+                return load_reference, reference
+            if (torch := sys.modules.get("torch")) is not None and isinstance(obj, torch.Tensor):
+                return self.reduce_tensor(obj, torch)
+            if isinstance(obj, types.ModuleType):
+                self.shipment.modules.add(obj.__name__)
+                return load_reference, ("module", obj.__name__)
+            if isinstance(obj, types.FunctionType):
+                self.note_function(obj)
+            elif isinstance(obj, type):
+                self.shipment.modules.add(obj.__module__)
+                self.shipment.by_value |= obj.__module__ == "__main__"
+            refuse_what_stays(obj)
+            return super().reducer_override(obj)
+
+        def note_function(self, function: types.FunctionType) -> None:
+            self.shipment.modules.add(function.__module__ or "__main__")
+            if function.__module__ in (None, "__main__") or function.__name__ == "<lambda>":
+                self.shipment.by_value = True
+            if function.__code__.co_filename in linecache.cache:
+                self.shipment.files.add(function.__code__.co_filename)
+
+        def reduce_tensor(self, tensor: Any, torch: Any) -> Any:
+            plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            if not plain or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+                return NotImplemented if tensor.device.type in ("cpu", "meta") else tensor.cpu().__reduce_ex__(5)
+            if self.limit is not None and self.nbytes + tensor.nbytes > self.limit:
+                raise TooLargeError  # before a copy from the GPU is made
+            data = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8).numpy()
+            requires_grad = tensor.requires_grad and tensor.is_leaf
+            return _rebuild_tensor, (
+                pickle.PickleBuffer(data),
+                str(tensor.dtype).removeprefix("torch."),
+                tuple(tensor.shape),
+                requires_grad,
+                isinstance(tensor, torch.nn.Parameter),
+            )
+
+    return ValuePickler
+
+
+def refuse_what_stays(obj: Any) -> None:
+    """Say in words why a model or a generator does not travel, where pickle would fail or copy gigabytes."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is not None and isinstance(obj, transformers.PreTrainedModel):
+        raise ShipError(
+            f"A model ({type(obj).__name__}) does not travel: it lives on the worker. "
+            "Return the tensors or numbers that you need from it."
+        )
+    if isinstance(obj, types.GeneratorType | types.AsyncGeneratorType | types.CoroutineType):
+        raise ShipError(f"A {type(obj).__name__} can't travel, for it is a paused computation. Return list(...) of it.")
+
+
+def no_reference(_: Any) -> Reference | None:
+    """The reducer of values that hold nothing special."""
+    return None
+
+
+def dumps(value: Any, reducer: Reducer = no_reference, limit: int | None = None) -> Shipment:
+    """Pickle a value.
+
+    Args:
+        value: Anything that cloudpickle takes; tensors on any device.
+        reducer: Gives the reference for an object that must not be copied, else None.
+        limit: Largest size in bytes, buffers included.
+
+    Raises:
+        TooLargeError: The pickle is larger than `limit`.
+        Exception: Whatever pickling the value raised, as a TypeError or a ShipError.
+    """
+    shipment = Shipment()
+    pickler = _pickler_class()(shipment, reducer, limit)
+    pickler.dump(value)
+    pickler.count(pickler.stream.tell())
+    shipment.frames.insert(0, pickler.stream.getbuffer())
+    return shipment
+
+
+def loads(frames: Sequence[Buffer], resolve: Callable[[Reference], Any]) -> Any:
+    """Unpickle frames made by `dumps`; `resolve` gives the object for each reference."""
+    token = _resolve.set(resolve)
+    try:
+        return pickle.loads(frames[0], buffers=frames[1:])
+    finally:
+        _resolve.reset(token)

@@ -1,0 +1,580 @@
+"""The near side of one warm worker: submit a call, follow its events, stop it, and know when the worker is gone."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+import uuid
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from interp_kernel.backends import Backend, Link, Message
+from interp_kernel.errors import CallTimeoutError, LoadError, LostValueError, ShipError, WorkerDiedError, remote_error
+from interp_kernel.protocol import BlobStore, Buffer, Head, Packed, Reference, Shipment, dumps, loads
+
+LOAD = "load"
+GRACE_S = 10.0  # from a stop to the offer, or on a timeout the decision, to kill the worker
+ALIVE_S = 0.5  # how often a silent worker is looked after
+
+OnEvent = Callable[[Head], None]
+
+
+class RemoteValue:
+    """A value that stays on the worker; use it in remote code as if it were here, or `fetch()` it.
+
+    Dropping the last reference to it frees the value on the worker.
+    """
+
+    def __init__(self, session: Session, info: dict[str, Any], name: str = "") -> None:
+        """Made by a session; `info` is what `describe` told about the value on the worker."""
+        self.session, self.info, self.name = session, info, name
+        self.generation = session.generation
+        if isinstance(info["id"], int):
+            weakref.finalize(self, session.releases.put, (self.generation, info["id"])).atexit = False
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the worker that held the value is gone."""
+        return self.generation != self.session.generation
+
+    def fetch(self, timeout: float | None = None) -> Any:
+        """Bring the value here; tensors arrive on the CPU. Raises LostValueError when its worker has ended."""
+        self.check()
+        result = self.session.run({"kind": "fetch", "value": self.info["id"]}, Shipment(), timeout=timeout)
+        if error := result.head.get("error"):
+            raise remote_error(error["ename"], error["evalue"], error["traceback"])
+        return result.value
+
+    def check(self) -> None:
+        """Raise LostValueError if the worker that held the value is gone."""
+        if self.is_lost:
+            what = f"{self.name!r}, a {self}," if self.name else f"{self}"
+            raise LostValueError(
+                f"{what} was lost: the worker that held it has ended. Run the cell that made it again."
+            )
+
+    def __str__(self) -> str:
+        info = self.info
+        parts = [info["type"]]
+        if "shape" in info:
+            parts.append("x".join(map(str, info["shape"])) or "scalar")
+        elif "len" in info:
+            parts.append(f"of {info['len']}")
+        parts += [info[k] for k in ("dtype", "device") if k in info]
+        if info.get("nbytes") is not None:
+            parts.append(f"{info['nbytes'] / 1e6:.1f} MB")
+        return "RemoteValue " + " ".join(parts)
+
+    def __repr__(self) -> str:
+        return f"<{self}{' LOST' if self.is_lost else ''}>"
+
+    def __reduce__(self) -> Any:
+        raise ShipError(f"A RemoteValue is a handle for its own notebook only ({self}). Save `.fetch()` of it instead.")
+
+
+class LazyImport:
+    """A function or class that a remote cell imported; imported here when first used."""
+
+    def __init__(self, module: str, name: str) -> None:
+        """Nothing is imported yet."""
+        self._place = module, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it, or make an instance of it, here."""
+        return import_name(*self._place)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_name(*self._place), name)
+
+    def __repr__(self) -> str:
+        return f"<{'.'.join(self._place)}, not imported here yet>"
+
+    def __reduce__(self) -> Any:
+        return import_name, self._place
+
+
+def import_name(module: str, name: str) -> Any:
+    """A function or class by the module that has it and its name there."""
+    return getattr(importlib.import_module(module), name)
+
+
+class LazyModule(types.ModuleType):
+    """A module that a remote cell imported; imported here when first used."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__version__":
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self.__name__), name)
+
+    def __repr__(self) -> str:
+        return f"<module {self.__name__!r}, not imported here yet>"
+
+
+@dataclass
+class Result:
+    """What a call returned."""
+
+    session: Session
+    head: Head
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> Any:
+        """The value of a function call."""
+        return self.values["value"]
+
+
+class Session:
+    """One client of one worker. Threads may share it: each call uses a connection of its own."""
+
+    def __init__(self, backend: Backend) -> None:
+        """Nothing is started or connected yet."""
+        self.backend = backend
+        self.client = new_id()
+        self.hello: Head = {}
+        self.generation: str | None = None
+        self.releases: queue.SimpleQueue[tuple[str | None, int]] = queue.SimpleQueue()
+        self.loads = 0  # how often this session has seen its model being loaded
+        self._links: list[Link] = []
+        self._acknowledge: list[str] = []
+        self._known: set[str] = set()
+        self._known_modules: set[str] = set()
+        self._values: weakref.WeakSet[RemoteValue] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    # ------------------------------------------------------------------------------------- connect
+
+    def connect(self, on_event: OnEvent = lambda _: None) -> Head:
+        """Make sure that the worker runs and its model is loaded; shows the load as it happens.
+
+        Raises:
+            LoadError: The model can't be loaded.
+            KeyboardInterrupt: The load was stopped.
+        """
+        with stop_signals() as stops:
+            self._give_back(self._link(on_event, stops))
+        return self.hello
+
+    def _link(self, on_event: OnEvent, stops: Stops) -> Link:
+        """An idle connection, or a new one to a worker that has loaded its model."""
+        if (idle := self._idle_link()) is not None:
+            return idle
+        while True:
+            link, started = self.backend.open(self.client)
+            try:
+                self._note_worker(link.hello, started, on_event)
+                if link.hello["state"] == "loading":
+                    self._follow_load(link, on_event, stops)
+                return link
+            except LoadError:
+                link.close()
+                self._forget_worker()
+                raise
+            except (EOFError, OSError):
+                link.close()  # it ended between the hello and the next word, as a failed load does
+            except BaseException:
+                link.close()
+                raise
+
+    def _idle_link(self) -> Link | None:
+        while self._links:
+            link = self._links.pop()
+            try:
+                if link.hello["generation"] == self.generation and link.receive(0) is None:
+                    return link
+            except (EOFError, OSError):
+                pass  # the worker has ended since
+            link.close()
+        return None
+
+    def _give_back(self, link: Link) -> None:
+        self._links.append(link)
+
+    def _note_worker(self, hello: Head, started: bool, on_event: OnEvent) -> None:
+        before, self.hello, self.generation = self.hello, hello, hello["generation"]
+        if before and before["generation"] != self.generation:
+            self._known, self._known_modules, self._acknowledge = set(), set(), []
+            why = self.backend.why_ended(before["pid"]) or "it was replaced"
+            on_event({"event": "warning", "text": f"the worker had ended ({why}); a new one runs.{self._lost()}"})
+        self.loads += started
+
+    def _lost(self) -> str:
+        """A sentence on the handles that went down with a worker."""
+        gone = [value for value in self._values if value.generation != self.generation and value.name != "_"]
+        lost = sorted({value.name or str(value) for value in gone})
+        self._values = weakref.WeakSet(value for value in self._values if value.generation == self.generation)
+        return f" Lost with it: {', '.join(lost)}." if lost else ""
+
+    def _follow_load(self, link: Link, on_event: OnEvent, stops: Stops) -> None:
+        link.send(Packed({"verb": "events", "id": LOAD, "after": 0}))
+        while True:
+            message = link.receive(None, stops.fd)
+            if message is None:
+                stops.drain()
+                if stops.count >= 2:
+                    self.backend.kill(link.hello["pid"])
+                link.send(Packed({"verb": "interrupt", "id": LOAD}))
+                if link.hello["clients"] > 1:  # others wait for the same load, so only this wait ends
+                    raise KeyboardInterrupt("stopped waiting for the load, which goes on for other notebooks")
+                continue
+            head = message[0]
+            if head["event"] == "result":
+                break
+            on_event(head)
+        if error := head.get("error"):
+            if error["ename"] == "KeyboardInterrupt":
+                raise KeyboardInterrupt("the load was stopped")
+            raise LoadError("\n".join([*error["traceback"], error["evalue"]]))
+        info = self.hello["info"] = link.hello["info"] = head["info"]
+        text = f"{info['model_name']} loaded in {info['load_s']:.1f} s"
+        on_event({"event": "progress", "id": LOAD, "text": text, "n": None, "total": None, "done": True, "leave": True})
+
+    # ---------------------------------------------------------------------------------------- calls
+
+    def run(
+        self,
+        head: Head,
+        shipment: Shipment,
+        on_event: OnEvent = lambda _: None,
+        timeout: float | None = None,
+    ) -> Result:
+        """Run a call on the worker and wait for it.
+
+        Args:
+            head: Kind of the call and its settings, see `worker/execution.py`.
+            shipment: Its pickled inputs, made by `ship`.
+            on_event: Takes every event but the last, in the calling thread.
+            timeout: Seconds that the call may run; then it is stopped, or, if it does not react, the worker killed.
+
+        Raises:
+            KeyboardInterrupt: Two stops arrived, and the worker was killed.
+            CallTimeoutError: The time limit was passed.
+            WorkerDiedError: The worker ended in mid-call.
+        """
+        with stop_signals() as stops:
+            link = self._link(on_event, stops)
+            for value in shipment.held:
+                value.check()  # the worker may have been replaced since they were pickled
+            call = PendingCall(self, link, {"id": new_id(), **head}, shipment)
+            return call.wait(on_event, timeout, stops)
+
+    def ship(self, value: Any) -> Shipment:
+        """Pickle inputs for this worker. RemoteValues in them become references.
+
+        Raises:
+            LostValueError: One of them is of a worker that has ended.
+            ShipError: Something in it does not travel, or bytecode would meet another Python version.
+        """
+        held: list[RemoteValue] = []
+        shipment = dumps(value, lambda part: self._reduce(part, held))
+        shipment.held = held
+        there = self.hello.get("python", sys.version_info)
+        if shipment.by_value and tuple(there[:2]) != sys.version_info[:2]:
+            raise ShipError(
+                f"A function or class made in the notebook travels as bytecode; Python {there[0]}.{there[1]} on "
+                f"the worker can't run that of {sys.version_info[0]}.{sys.version_info[1]} here. Define it inside the "
+                "remote cell, whose text runs on either, or in a .py file beside the notebook."
+            )
+        return shipment
+
+    def ask(self, head: Head, timeout_s: float = 1.0) -> Any:
+        """A short question that the worker answers also while a call runs; None if it doesn't in time.
+
+        Never starts a worker.
+        """
+        link = self._idle_link() or self.backend.attach(self.client)
+        if link is None:
+            return None
+        try:
+            link.send(Packed({**head, "request": 1}))
+            message = link.receive(timeout_s)
+            while message is not None and message[0].get("event") != "reply":
+                message = link.receive(timeout_s)
+        except (EOFError, OSError):
+            link.close()
+            return None
+        if message is None:
+            link.close()  # a late answer must not meet the next question
+            return None
+        self._give_back(link)
+        return message[0]["value"]
+
+    def interrupt(self, call_id: str) -> bool:
+        """Stop a call, running or queued."""
+        return bool(self.ask({"verb": "interrupt", "id": call_id}))
+
+    def stop(self, reason: str = "stopped by %remote stop") -> str:
+        """End the worker if it runs; returns a sentence that names the remote values that are gone, or nothing."""
+        link = self.backend.attach(self.client)
+        if link is None:
+            return self._forget_worker()
+        pid = link.hello["pid"]
+        try:
+            link.send(Packed({"verb": "stop", "reason": reason}))
+            if link.receive(GRACE_S) is None:
+                self.backend.kill(pid)
+        except (EOFError, OSError):
+            pass  # it has ended, as asked
+        finally:
+            link.close()
+        self.backend.why_ended(pid)  # so that the next start meets no dying worker
+        return self._forget_worker()
+
+    def _forget_worker(self) -> str:
+        self.close()
+        self.hello, self.generation = {}, None
+        return self._lost()
+
+    def close(self) -> None:
+        """Leave the worker, which stays warm for others."""
+        while self._links:
+            self._links.pop().close()
+
+    # ----------------------------------------------------------------------------------- references
+
+    def _reduce(self, value: Any, held: list[RemoteValue]) -> Reference | None:
+        if type(value) is LazyImport:
+            return "attribute", list(value._place)
+        if type(value) is not RemoteValue:
+            return None
+        held.append(value)
+        if value.session is not self:
+            raise ShipError(f"{value!r} is on another worker than the one that this call goes to. Fetch it first.")
+        value.check()
+        key = value.info["id"]
+        return ("value", key) if isinstance(key, int) else (key, None)
+
+    def resolve(self, reference: Reference) -> Any:
+        """The object here for what came back as a reference."""
+        kind, key = reference
+        if kind == "module":
+            return sys.modules.get(key) or LazyModule(key)
+        return RemoteValue(self, {"id": kind, "type": f"the worker's {kind}"}, kind)
+
+    def hold(self, name: str, info: dict[str, Any]) -> RemoteValue:
+        """The handle of a value that stayed on the worker."""
+        value = RemoteValue(self, info, name)
+        self._values.add(value)
+        if not hasattr(self, "_releaser"):
+            self._releaser = threading.Thread(target=self._release_forever, name="interp-release", daemon=True)
+            self._releaser.start()
+        return value
+
+    def _release_forever(self) -> None:
+        """Free what no RemoteValue names any more; a thread, since finalizers may run anywhere."""
+        while True:
+            generation, value_id = self.releases.get()
+            if generation == self.generation:
+                self.ask({"verb": "release", "values": [value_id]})
+
+
+class PendingCall:
+    """A call on its way: sends it, follows its events over reconnections, and carries out stops and time limits."""
+
+    def __init__(self, session: Session, link: Link, head: Head, shipment: Shipment) -> None:
+        """Sends nothing yet."""
+        self.session, self.link, self.shipment = session, link, shipment
+        self.head = {**head, "verb": "submit", "client": session.client, "generation": session.generation}
+        self.id: str = head["id"]
+        self.seen = 0
+        self._stopped_s: float | None = None
+        self._why = ""  # set once a time limit has passed
+        self._warned = False
+
+    def wait(self, on_event: OnEvent, timeout: float | None, stops: Stops) -> Result:
+        """Submit the call and return its result; see `Session.run`."""
+        self._submit()
+        limit = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                message = self.link.receive(self._patience(limit), stops.fd)
+                if message is not None:
+                    result = self._take(message, on_event)
+                    if result is not None:
+                        self.session._give_back(self.link)
+                        return result
+                    continue
+                self._on_silence(limit, timeout, stops, on_event)
+            except (EOFError, OSError):
+                self._reconnect(stops)
+
+    # ---------------------------------------------------------------------------------------- send
+
+    def _submit(self, missing_modules: Iterable[str] = (), all_blobs: bool = False) -> None:
+        session = self.session
+        known = () if all_blobs else session._known
+        sources = self.head.get("modules", [])
+        wanted = set(missing_modules)
+        known_modules = session._known_modules - wanted
+        light = [m if m["digest"] not in known_modules else {**m, "source": None} for m in sources]
+        packed = Packed(
+            {**self.head, "modules": light, "acknowledge": session._acknowledge}, self.shipment.frames, known
+        )
+        session._acknowledge = []
+        try:
+            self.link.send(packed)
+        except OSError:
+            return  # the next receive finds out what has happened
+        session._known |= packed.digests
+        session._known_modules |= {m["digest"] for m in sources}
+
+    def _reconnect(self, stops: Stops) -> None:
+        """The connection is gone: go on where it ended if the worker lives, else say why it died."""
+        self.link.close()
+        session = self.session
+        pid = self.link.hello["pid"]
+        deadline = time.monotonic() + ALIVE_S
+        while True:
+            link, why = None, session.backend.why_ended(pid)
+            if why is None:
+                link = session.backend.attach(session.client)
+            if link is not None or why is not None or time.monotonic() > deadline:
+                break
+            time.sleep(0.01)  # it is dying, and its supervisor is about to say of what
+        if link is None or link.hello["generation"] != self.head["generation"]:
+            raise self._death(why or "the connection was lost and the worker no longer answers", stops) from None
+        self.link = link
+        link.send(Packed({"verb": "events", "id": self.id, "after": self.seen}))
+
+    def _death(self, why: str, stops: Stops) -> BaseException:
+        session = self.session
+        lost = session._forget_worker()
+        if stops.count >= 2:
+            return KeyboardInterrupt(f"the worker was killed by the second stop; the next call starts a new one.{lost}")
+        if self._why:
+            return CallTimeoutError(f"{self._why}; the worker did not react to the stop and was killed.{lost}")
+        log = session.backend.log_tail(1500).strip()
+        return WorkerDiedError(
+            f"The worker died during this call: {why}.{lost} The next call starts a new worker and loads the model "
+            "again." + (f"\nThe end of its log:\n{log}" if log else "")
+        )
+
+    # ------------------------------------------------------------------------------------- receive
+
+    def _take(self, message: Message, on_event: OnEvent) -> Result | None:
+        head, inline, file = message
+        event = head["event"]
+        if event == "missing":
+            if "generation" in head:
+                raise EOFError  # another worker answers there: this call's own is gone
+            self._submit(head["modules"], all_blobs=True)
+            return None
+        if event == "unknown":
+            self._submit()  # it was lost on the way; the id makes sure that it runs once
+            return None
+        if head.get("call") != self.id or head["seq"] <= self.seen:
+            return None
+        self.seen = head["seq"]
+        if not head["last"]:
+            on_event(head)
+            return None
+        self.session._acknowledge.append(self.id)
+        return self._result(head, BlobStore().frames(head, inline, file))
+
+    def _result(self, head: Head, frames: list[Buffer]) -> Result:
+        error = head.get("error")
+        if self._why and error is not None and error["ename"] == "KeyboardInterrupt":
+            error["ename"], error["evalue"] = "CallTimeoutError", self._why
+        session = self.session
+        values = loads(frames, session.resolve) if frames else {}
+        values.update({name: session.hold(name, info) for name, info in head.get("held", {}).items()})
+        for name, (module, attribute) in head.get("imports", {}).items():
+            loaded = sys.modules.get(module)
+            values[name] = getattr(loaded, attribute) if loaded is not None else LazyImport(module, attribute)
+        return Result(session, head, values)
+
+    # ---------------------------------------------------------------------------------------- stop
+
+    def _patience(self, limit: float | None) -> float:
+        waits = [ALIVE_S]
+        if limit is not None and not self._why:
+            waits.append(limit - time.monotonic())
+        return max(0.0, min(waits))
+
+    def _on_silence(self, limit: float | None, timeout: float | None, stops: Stops, on_event: OnEvent) -> None:
+        now = time.monotonic()
+        pid = self.link.hello["pid"]
+        if stops.drain():
+            if stops.count == 1:
+                self._stop(now)
+            else:
+                self.session.backend.kill(pid)
+        elif limit is not None and now >= limit and not self._why:
+            self._why = f"the call ran past its limit of {timeout:g} s"
+            self._stop(now)
+        elif self._stopped_s is not None and now - self._stopped_s > GRACE_S and not self._warned:
+            self._warned = True
+            if self._why:
+                self.session.backend.kill(pid)  # nobody may be there to press stop again
+                return
+            text = (
+                f"still inside one long operation after {GRACE_S:g} s; stop again to kill the worker and lose its model"
+            )
+            on_event({"event": "warning", "text": text})
+        elif self.session.backend.why_ended(pid) is not None:
+            raise EOFError  # a child of the worker may keep the connection open after its death
+
+    def _stop(self, now: float) -> None:
+        self._stopped_s = now
+        self.link.send(Packed({"verb": "interrupt", "id": self.id}))
+
+
+def new_id() -> str:
+    """A name for a call that no other call has."""
+    return uuid.uuid4().hex
+
+
+# ----------------------------------------------------------------------------------------------- signals
+
+
+class Stops:
+    """Counts SIGINTs and makes a descriptor readable at each, so that a wait ends without an exception."""
+
+    def __init__(self) -> None:
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        self.fd = self._read.fileno()
+        self.count = 0
+
+    def on_signal(self, *_: Any) -> None:
+        """The handler of SIGINT."""
+        self.count += 1
+        with suppress(BlockingIOError):  # it is readable already
+            self._write.send(b"!")
+
+    def drain(self) -> bool:
+        """Whether a stop has come since the last look."""
+        try:
+            return bool(self._read.recv(4096))
+        except BlockingIOError:
+            return False
+
+
+_stops: dict[int, Stops] = {}  # by process: a forked child must not share the pipe
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stops]:
+    """In the main thread, turn SIGINT into a message for the block, so that no frame is ever cut in half."""
+    if threading.current_thread() is not threading.main_thread():
+        yield Stops()
+        return
+    stops = _stops.setdefault(os.getpid(), Stops()) if os.getpid() not in _stops else _stops[os.getpid()]
+    stops.drain()
+    stops.count = 0
+    before = signal.signal(signal.SIGINT, stops.on_signal)
+    try:
+        yield stops
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,154 @@
+"""A call and its event log: everything that it shows and returns, in one order, until it is acknowledged."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from interp_kernel.protocol import Buffer, Head, Packed
+
+COALESCE_S = 0.01
+SHOWN_CHARS = 5_000_000  # of a call's text; the whole of it goes to a file beyond that
+FILE_CHARS = 1 << 30
+FLUSH_CHARS = 1 << 16
+
+Send = Callable[[Packed], bool]  # False once the listener is gone
+
+
+class CallLog:
+    """Numbers the events of one call and hands them to whoever listens; text is joined for 10 ms."""
+
+    def __init__(self, call_id: str, client: str, overflow: Path, flusher: Flusher) -> None:
+        self.call_id, self.client, self.overflow, self.flusher = call_id, client, overflow, flusher
+        self.done = threading.Event()
+        self.kept = False  # whether it outlives its client, as the log of a background call does
+        self._lock = threading.RLock()
+        self._events: list[Packed] = []
+        self._first_seq = 1
+        self._listeners: list[Send] = []
+        self._name, self._text, self._text_chars = "stdout", list[str](), 0
+        self._shown, self._written = 0, 0
+        self._history: list[str] = []
+        self._file: IO[str] | None = None
+
+    def emit(self, head: Head, frames: Sequence[Buffer] = (), *, last: bool = False) -> None:
+        """Append an event after the text that came before it."""
+        with self._lock:
+            self.flush()
+            seq = self._first_seq + len(self._events)
+            packed = Packed({**head, "call": self.call_id, "seq": seq, "last": last}, frames)
+            self._events.append(packed)
+            if last:
+                self._close()
+            if self._listeners:
+                self._listeners = [send for send in self._listeners if send(packed)]
+
+    def write(self, name: str, text: str) -> None:
+        """Append text of `stdout` or `stderr`; shown within 10 ms."""
+        with self._lock:
+            if name != self._name:
+                self.flush()
+                self._name = name
+            if not self._text:
+                self.flusher.wake(self)
+            self._text.append(text)
+            self._text_chars += len(text)
+            if self._text_chars > FLUSH_CHARS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Turn the text that waits into an event, or into lines of the overflow file."""
+        with self._lock:
+            if not self._text:
+                return
+            text = "".join(self._text)
+            self._text, self._text_chars = [], 0
+            text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates can't be sent on
+            if (room := SHOWN_CHARS - self._shown) > 0:
+                self._shown += len(text)
+                self._history.append(text)
+                self.emit({"event": "stream", "name": self._name, "text": text[:room]})
+            if self._shown > SHOWN_CHARS:
+                self._spill(text)
+
+    def listen(self, send: Send, after: int) -> None:
+        """Send all events after a position, then each new one."""
+        with self._lock:
+            self._listeners.append(send)
+            for packed in self._events[max(0, after + 1 - self._first_seq) :]:
+                send(packed)
+
+    def acknowledge(self, upto: int) -> bool:
+        """Forget events that the client has; True if the call has ended and none is left."""
+        with self._lock:
+            n = max(0, min(upto + 1 - self._first_seq, len(self._events)))
+            del self._events[:n]
+            self._first_seq += n
+            return self.done.is_set() and not self._events
+
+    def _spill(self, text: str) -> None:
+        """Keep on writing the whole text to a file; a full disk ends that, not the call."""
+        try:
+            if self._file is None:
+                self._file = self.overflow.open("w", encoding="utf-8")
+                self._notice(f"output over {SHOWN_CHARS / 1e6:.0f} MB is not shown; all of it is in {self.overflow}")
+                text, self._history = "".join(self._history), []
+            if self._written < FILE_CHARS:
+                self._file.write(text)
+                self._written += len(text)
+        except OSError as error:
+            if self._written < FILE_CHARS:
+                self._notice(
+                    f"output over {SHOWN_CHARS / 1e6:.0f} MB is lost: {self.overflow} can't be written: {error}"
+                )
+            self._written = FILE_CHARS
+
+    def _notice(self, text: str) -> None:
+        self.emit({"event": "warning", "text": text})
+
+    def _close(self) -> None:
+        self.done.set()
+        self._history = []
+        if self._file is not None:
+            with suppress(OSError):  # the disk is full, and the call has been told
+                self._file.close()
+
+
+@dataclass
+class Call:
+    """One submitted call; `head` is its message, see `Session.submit` on the near side."""
+
+    id: str
+    client: str
+    head: Head
+    frames: list[Buffer]
+    log: CallLog
+    background: bool = False
+    queued: float = field(default_factory=time.monotonic)
+
+
+class Flusher:
+    """One thread that turns waiting text into events 10 ms after its first character."""
+
+    def __init__(self) -> None:
+        self._dirty: set[CallLog] = set()
+        self._wake = threading.Event()
+        threading.Thread(target=self._run, name="interp-flush", daemon=True).start()
+
+    def wake(self, log: CallLog) -> None:
+        """Flush this log soon."""
+        self._dirty.add(log)
+        self._wake.set()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            time.sleep(COALESCE_S)
+            self._wake.clear()
+            while self._dirty:
+                self._dirty.pop().flush()

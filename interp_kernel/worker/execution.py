@@ -1,0 +1,325 @@
+"""Runs one call: a cell's text or a shipped function, with the model in reach, and gathers what it returns."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import builtins
+import importlib
+import linecache
+import os
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import CO_COROUTINE, iscoroutine
+from typing import Any
+
+from interp_kernel.errors import ShipError
+from interp_kernel.protocol import Buffer, Head, Reference, Shipment, TooLargeError, dumps, loads
+from interp_kernel.worker import modules
+from interp_kernel.worker.display import Display
+from interp_kernel.worker.events import Call
+from interp_kernel.worker.hygiene import Guard
+from interp_kernel.worker.interrupts import Interrupter
+from interp_kernel.worker.rendering import Numbers, evalue, render
+from interp_kernel.worker.values import Values
+
+AWAIT = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+
+
+@dataclass
+class Outcome:
+    """What running a call left: values by name, what to show, and the error that ended it."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    shown: Any = None
+    error: BaseException | None = None
+    codes: list[types.CodeType] = field(default_factory=list)
+    bundle: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+
+class Runner:
+    """Holds the loaded model and runs calls on it, one at a time, in the main thread."""
+
+    def __init__(self, model: Any, tokenizer: Any, values: Values, display: Display, interrupter: Interrupter) -> None:
+        """Everything that a call can touch."""
+        self.model, self.tokenizer, self.values = model, tokenizer, values
+        self.display, self.interrupter = display, interrupter
+        self.guard = Guard(model, tokenizer)
+        self.random = RandomStreams()
+        self._stays = {id(model): ("model", None), id(tokenizer): ("tokenizer", None)}
+        builtins.display = _display  # type: ignore[attr-defined]
+        builtins.input = _no_stdin
+
+    def run(self, call: Call, end_output: Callable[[], None]) -> None:
+        """Run a call and put its result, or its error, into its log as the last event, after all of its output."""
+        started = time.monotonic()
+        self.random.switch(call.client)
+        outcome = Outcome()
+        _, error = self.interrupter.run(call.id, partial(self._execute, call, outcome))
+        outcome.error = error
+        ran = time.monotonic()
+        notes = self.guard.check(ran - started, outcome.codes)
+        head, frames = self._result(call, outcome)
+        head["notes"] = notes + head.pop("notes", [])
+        head["times"] = {
+            "queue_s": started - call.queued,
+            "run_s": ran - started,
+            "return_s": time.monotonic() - ran,
+        }
+        end_output()
+        call.log.emit(head, frames, last=True)
+
+    # ------------------------------------------------------------------------------------------ run
+
+    def _execute(self, call: Call, outcome: Outcome) -> None:
+        modules.install({m["name"]: modules.ShippedModule.from_wire(m) for m in call.head.get("modules", ())})
+        enter_folder(call.head.get("folder"))
+        for filename, (text, _) in call.head.get("files", {}).items():
+            linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
+        inputs: Any = loads(call.frames, self._resolve) if call.frames else None
+        kind = call.head["kind"]
+        if kind == "cell":
+            self._run_cell(call.head["cell"], inputs, outcome)
+        elif kind == "fetch":
+            outcome.values["value"] = self.values.get(call.head["value"])
+        else:
+            function, args, kwargs = inputs
+            outcome.codes = [function.__code__] if hasattr(function, "__code__") else []
+            value = function(self.model, self.tokenizer, *args, **kwargs)
+            outcome.values["value"] = _run_coroutine(value) if iscoroutine(value) else value
+        self.display.flush_figures()
+        if outcome.shown is not None:
+            outcome.bundle = self.display.format(outcome.shown)
+
+    def _run_cell(self, cell: dict[str, Any], inputs: dict[str, Any], outcome: Outcome) -> None:
+        module = types.ModuleType("__main__")
+        space = vars(module)
+        space.update(model=self.model, tokenizer=self.tokenizer, get_ipython=lambda: self.display.shell)
+        space.update(inputs)
+        before = sys.modules["__main__"]
+        sys.modules["__main__"] = module
+        try:
+            for code, shown in compile_cell(cell):
+                outcome.codes.append(code)
+                value = eval(code, space)
+                if code.co_flags & CO_COROUTINE:
+                    value = _run_coroutine(value)
+                if shown == "last":
+                    outcome.shown = value
+                elif shown and value is not None:
+                    _display(value)
+        finally:
+            sys.modules["__main__"] = before
+            outcome.values = {n: space[n] for n in self._written(cell, space, inputs) if n in space}
+
+    def _written(self, cell: dict[str, Any], space: dict[str, Any], inputs: dict[str, Any]) -> set[str]:
+        """Names that the cell assigned and that come back; `*` among its writes is a star import."""
+        names = set(cell["writes"])
+        if "*" in names:
+            own = {"model", "tokenizer", "get_ipython", *inputs}
+            names |= {n for n in space if not n.startswith("_") and n not in own}
+        return {n for n in names if id(space.get(n)) not in self._stays}
+
+    def _resolve(self, reference: Reference) -> Any:
+        kind, key = reference
+        if kind == "value":
+            return self.values.get(key)
+        if kind == "module":
+            return importlib.import_module(key)
+        if kind == "attribute":
+            module, name = key
+            return getattr(importlib.import_module(module), name)
+        return self.model if kind == "model" else self.tokenizer
+
+    # --------------------------------------------------------------------------------------- return
+
+    def _result(self, call: Call, outcome: Outcome) -> tuple[Head, list[Buffer]]:
+        head: Head = {"event": "result", "held": {}, "imports": {}, "notes": []}
+        error = outcome.error
+        if error is None and call.head["kind"] != "cell":
+            try:
+                return head, self._return_value(call, outcome.values["value"], head)
+            except ShipError as refused:
+                error = refused
+        frames = self._return_names(call, outcome, head) if call.head["kind"] == "cell" else []
+        if error is not None:
+            numbers: Numbers = {f: n for f, (_, n) in call.head.get("files", {}).items() if n is not None}
+            ename, text = type(error).__name__, evalue(error)
+            head["error"] = {"ename": ename, "evalue": text, "traceback": render(error, numbers)}
+        return head, frames
+
+    def _return_value(self, call: Call, value: Any, head: Head) -> list[Buffer]:
+        """The value of a function, of any size; held here only if it can't be pickled."""
+        if value is self.model or value is self.tokenizer:
+            raise ShipError("The worker's model and tokenizer stay on the worker. Return what you need from them.")
+        try:
+            shipment = dumps({"value": value}, self._reduce)
+        except ShipError:
+            raise
+        except Exception as error:  # noqa: BLE001 - pickling runs the value's own code
+            self._hold(call, head, "value", value, f"it can't be pickled ({evalue(error)})")
+            return []
+        head["by_value"] = shipment.by_value
+        return shipment.frames
+
+    def _return_names(self, call: Call, outcome: Outcome, head: Head) -> list[Buffer]:
+        """The names that a cell assigned: by value, or held here if kept, too large or not picklable."""
+        values = dict(outcome.values)
+        if outcome.error is None and outcome.bundle is not None:
+            values["_"] = outcome.shown
+            data, metadata = outcome.bundle
+            head["display"] = {"data": data, "metadata": metadata}
+        for name, value in list(values.items()):
+            if (place := importable(value)) is not None:
+                head["imports"][name] = place
+                del values[name]
+        for name in call.head.get("keep", ()):
+            if name in values:
+                self._hold(call, head, name, values.pop(name), None)
+        wanted = {name: values.pop(name) for name in call.head.get("want", ()) if name in values}
+        shipment = self._ship_together(call, head, values, wanted)
+        head["by_value"] = shipment.by_value
+        return shipment.frames if values or wanted else []
+
+    def _ship_together(self, call: Call, head: Head, values: dict[str, Any], wanted: dict[str, Any]) -> Shipment:
+        limit = call.head.get("fetch_limit")
+        try:
+            if not wanted:
+                return dumps(values, self._reduce, limit)
+        except Exception:  # noqa: BLE001 - one of them is too large or does not pickle; find out which
+            pass
+        for name, value in list(values.items()):
+            try:
+                dumps(value, self._reduce, limit)
+            except TooLargeError:
+                self._hold(call, head, name, values.pop(name), None)
+            except Exception as error:  # noqa: BLE001 - pickling runs the value's own code
+                self._hold(call, head, name, values.pop(name), f"it can't be pickled ({evalue(error)})")
+        for name, value in list(wanted.items()):
+            try:
+                dumps(value, self._reduce)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._hold(call, head, name, wanted.pop(name), f"it can't be pickled ({evalue(error)})")
+        values.update(wanted)
+        return dumps(values, self._reduce)
+
+    def _hold(self, call: Call, head: Head, name: str, value: Any, why: str | None) -> None:
+        head["held"][name] = self.values.keep(value, call.client)
+        if why is not None and name != "_":
+            what = "the result" if name == "value" else f"{name!r}"
+            head["notes"].append(f"{what} stays on the worker as a RemoteValue: {why}")
+
+    def _reduce(self, value: Any) -> Reference | None:
+        return self._stays.get(id(value))
+
+
+class RandomStreams:
+    """Each client draws from its own random streams, which begin in the state right after the load."""
+
+    def __init__(self) -> None:
+        """Take the present state as the start of every stream."""
+        self._start = self._state()
+        self._saved: dict[str, list[tuple[Callable[[Any], Any], Any]]] = {}
+        self._client: str | None = None
+
+    def switch(self, client: str) -> None:
+        """Make the client's streams the ones that libraries draw from."""
+        if client == self._client:
+            return
+        if self._client is not None:
+            self._saved[self._client] = self._state()
+        for set_state, state in self._saved.pop(client, self._start):
+            set_state(state)
+        self._client = client
+
+    def forget(self, client: str) -> None:
+        """Drop the streams of a client that is gone."""
+        self._saved.pop(client, None)
+
+    @staticmethod
+    def _state() -> list[tuple[Callable[[Any], Any], Any]]:
+        import random
+
+        import numpy as np
+        import torch
+
+        states: list[tuple[Callable[[Any], Any], Any]] = [
+            (random.setstate, random.getstate()),
+            (np.random.set_state, np.random.get_state()),
+            (torch.set_rng_state, torch.get_rng_state()),
+        ]
+        if torch.cuda.is_available():
+            states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+        return states
+
+
+def compile_cell(cell: dict[str, Any]) -> Iterator[tuple[types.CodeType, str]]:
+    """Code objects of a cell in order, each with whether its value is shown: `last`, `inline` or not (`""`)."""
+    filename, raw = cell["filename"], cell["raw"]
+    linecache.cache[filename] = (len(raw), None, raw.splitlines(True), filename)
+    tree = ast.parse(cell["source"], filename)
+    ast.increment_lineno(tree, cell["line_offset"])
+    show = cell["show"]
+    if show == "last_expr_or_assign" and tree.body and isinstance(assign := tree.body[-1], ast.Assign):
+        target = assign.targets[0]
+        if isinstance(target, ast.Name):
+            tree.body.append(ast.copy_location(ast.Expr(ast.copy_location(ast.Name(target.id), target)), assign))
+    shown = [isinstance(s, ast.Expr) and (show == "all" or (show != "none" and s is tree.body[-1])) for s in tree.body]
+    start = 0
+    for index, is_shown in enumerate(shown):
+        if is_shown:
+            if start < index:
+                yield _compile(ast.Module(tree.body[start:index], []), filename, "exec"), ""
+            expression = tree.body[index]
+            assert isinstance(expression, ast.Expr)
+            last = index == len(shown) - 1
+            yield _compile(ast.Expression(expression.value), filename, "eval"), "last" if last else "inline"
+            start = index + 1
+    if start < len(tree.body):
+        yield _compile(ast.Module(tree.body[start:], []), filename, "exec"), ""
+
+
+def _compile(tree: ast.Module | ast.Expression, filename: str, mode: str) -> types.CodeType:
+    code: types.CodeType = compile(tree, filename, mode, flags=AWAIT, dont_inherit=True)
+    return code
+
+
+def importable(value: Any) -> tuple[str, str] | None:
+    """Module and name of an imported function or class, which go back by name: pickled, they would be imported."""
+    if not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+        return None
+    module, name = getattr(value, "__module__", None), value.__qualname__
+    if module in (None, "__main__", "builtins") or getattr(sys.modules.get(module), name, None) is not value:
+        return None
+    return module, name
+
+
+def enter_folder(folder: str | None) -> None:
+    """Work where the notebook does, if that folder is on this machine, so that relative paths mean the same."""
+    if folder is not None and os.path.isdir(folder):
+        os.chdir(folder)
+
+
+def _run_coroutine(coroutine: Any) -> Any:
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        loop.close()
+
+
+def _display(*values: Any, **options: Any) -> Any:
+    from IPython.display import display
+
+    return display(*values, **options)  # type: ignore[no-untyped-call]
+
+
+def _no_stdin(prompt: object = "") -> str:
+    raise EOFError(
+        f"input({str(prompt)!r}) was called in a remote cell, which has no stdin. Ask in a local cell and read the "
+        "variable in the remote one."
+    )

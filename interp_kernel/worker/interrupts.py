@@ -1,0 +1,70 @@
+"""Stops the call that runs, and only that one, by a KeyboardInterrupt in the worker's main thread."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Interrupter:
+    """Owns SIGINT in this process: a signal that nobody asked for here does nothing.
+
+    The handler runs in the main thread between two bytecodes, so plain attributes are enough: a stop that arrives
+    after its call has ended finds another name in `_running` and is dropped.
+    """
+
+    def __init__(self) -> None:
+        """Must be made in the main thread."""
+        self._running: str | None = None
+        self._target: str | None = None
+        self._shields = 0
+        self._waiting = False
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def interrupt(self, call_id: str) -> bool:
+        """Stop a call if it is the one that runs now; from any thread."""
+        if self._running != call_id:
+            return False
+        self._target = call_id
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return True
+
+    def run(self, call_id: str, code: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+        """Run code that `interrupt` may stop; whatever it raises is returned, never raised."""
+        value, error = None, None
+        try:
+            self._running = call_id
+            value = code()
+        except BaseException as raised:  # noqa: BLE001 - a call may raise anything, SystemExit too
+            error = raised
+        while True:  # a stop may arrive on these very lines
+            try:
+                self._running = None
+                self._shields, self._waiting = 0, False
+                return value, error
+            except KeyboardInterrupt as late:
+                error = error or late
+
+    @contextmanager
+    def shield(self) -> Iterator[None]:
+        """A block that a stop does not cut in half: it is raised at the end of the block."""
+        self._shields += 1
+        try:
+            yield
+        finally:
+            self._shields -= 1
+        if self._waiting and not self._shields:
+            self._waiting = False
+            raise KeyboardInterrupt
+
+    def _on_signal(self, *_: Any) -> None:
+        if self._target is None or self._target != self._running:
+            return
+        self._target = None
+        if self._shields:
+            self._waiting = True
+        else:
+            raise KeyboardInterrupt

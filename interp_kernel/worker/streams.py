@@ -1,0 +1,197 @@
+"""Everything that a call prints, from Python, from C and from its subprocesses, goes to that call's log."""
+
+from __future__ import annotations
+
+import io
+import os
+import selectors
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from interp_kernel.worker.events import CallLog
+
+SPAWNING = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.exec"}
+FDS = {"stdout": 1, "stderr": 2}
+
+
+class Streams:
+    """Owns descriptors 1 and 2 of the worker.
+
+    Text goes to the log of the call that caused it: a thread or a subprocess that outlives its call writes to
+    the worker's own log file, never into another call's cell.
+    """
+
+    def __init__(self, shield: Callable[[], AbstractContextManager[None]]) -> None:
+        """Take over both descriptors; what they were before becomes the worker's own log.
+
+        Args:
+            shield: Context in which an interrupt of the main thread waits, so that no log is left half written.
+        """
+        self.shield = shield
+        self._log_fd = os.dup(2)
+        self._current: CallLog | None = None
+        self._old_threads: set[int] = set()
+        self._spawned = False
+        self._lock = threading.Lock()  # held while a pipe's text is on its way to a log
+        self._selector = selectors.DefaultSelector()
+        self._pipes = self._new_pipes()
+        sys.stdout, sys.stderr = TextStream(self, "stdout"), TextStream(self, "stderr")
+        sys.addaudithook(self._notice_spawn)
+        threading.Thread(target=self._read_pipes, name="interp-pipes", daemon=True).start()
+
+    def begin(self, log: CallLog) -> None:
+        """From now on output belongs to `log`."""
+        self._old_threads = {thread.ident or 0 for thread in threading.enumerate()}
+        self._current = log
+        for pipe in self._pipes:
+            pipe.log = log
+
+    def end(self) -> None:
+        """All that the call has written so far is in its log; from now on it gets no more."""
+        with self._lock:
+            for pipe in self._pipes:
+                while pipe.pump(self._log_fd):
+                    pass
+                pipe.log = None
+            self._current = None
+        if self._spawned:  # a child may still hold these pipes, so the next call gets new ones
+            self._spawned = False
+            self._pipes = self._new_pipes()
+
+    def write(self, name: str, text: str) -> None:
+        """Python-level output of any thread."""
+        log = self._current
+        if threading.current_thread() is threading.main_thread():
+            if log is not None:
+                with self.shield():
+                    log.write(name, text)
+                return
+        elif log is not None and not self.is_late():
+            log.write(name, text)
+            return
+        write_all(self._log_fd, text.encode("utf-8", "backslashreplace"))
+
+    def flush(self) -> None:
+        """Show at once what waits to be shown."""
+        if (log := self._current) is not None and not self.is_late():
+            with self.shield() if threading.current_thread() is threading.main_thread() else nullcontext():
+                log.flush()
+
+    def is_late(self) -> bool:
+        """Whether this thread belongs to a call that has ended."""
+        return threading.get_ident() in self._old_threads and (
+            threading.current_thread() is not threading.main_thread()
+        )
+
+    def _new_pipes(self) -> list[Pipe]:
+        pipes = []
+        for name, fd in FDS.items():
+            read_fd, write_fd = os.pipe()
+            os.set_blocking(read_fd, False)
+            os.dup2(write_fd, fd)
+            os.close(write_fd)
+            pipes.append(Pipe(name, read_fd, None))
+            self._selector.register(read_fd, selectors.EVENT_READ, pipes[-1])
+        return pipes
+
+    def _notice_spawn(self, event: str, _: object) -> None:
+        if event in SPAWNING:
+            self._spawned = True
+
+    def _read_pipes(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                pipe: Pipe = key.data
+                with self._lock:
+                    pipe.pump(self._log_fd)
+                if pipe.closed:
+                    self._selector.unregister(pipe.read_fd)
+                    os.close(pipe.read_fd)
+
+
+@dataclass
+class Pipe:
+    """What is written to a descriptor, from where, and whose it is."""
+
+    name: str
+    read_fd: int
+    log: CallLog | None
+    closed: bool = False
+
+    def pump(self, log_fd: int) -> bool:
+        """Move what waits in the pipe to its log; False if there was nothing."""
+        try:
+            data = os.read(self.read_fd, 1 << 16)
+        except BlockingIOError:
+            return False
+        if not data:
+            self.closed = True
+        elif self.log is not None:
+            self.log.write(self.name, data.decode("utf-8", "backslashreplace"))
+        else:
+            write_all(log_fd, data)
+        return bool(data)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write to the worker's own log; a full disk must not end a call."""
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except OSError:
+        pass
+
+
+class TextStream(io.TextIOBase):
+    """`sys.stdout` or `sys.stderr` of the worker."""
+
+    encoding = "utf-8"
+    errors = "backslashreplace"
+
+    def __init__(self, streams: Streams, name: str) -> None:
+        super().__init__()
+        self._streams, self._name = streams, name
+        self.buffer = ByteStream(self)
+
+    def write(self, text: str) -> int:
+        """Append to the output of the call that this thread belongs to."""
+        if not isinstance(text, str):
+            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+        self._streams.write(self._name, text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:  # type: ignore[override]
+        """Write several texts."""
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        """Show at once what was written."""
+        self._streams.flush()
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def fileno(self) -> int:
+        """The descriptor that subprocesses inherit."""
+        return FDS[self._name]
+
+
+class ByteStream(io.RawIOBase):
+    """The binary side of a TextStream; bytes that are not UTF-8 show as escapes."""
+
+    def __init__(self, text: TextStream) -> None:
+        super().__init__()
+        self._text = text
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        """Write bytes as text."""
+        self._text.write(bytes(data).decode("utf-8", "backslashreplace"))
+        return len(data)

@@ -1,0 +1,102 @@
+"""Token probabilities: what a model expects after a text, or after any token in it."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from techniques._model import logits_at
+from techniques._tokens import (
+    TokenProb,
+    check_context,
+    check_top_k,
+    encode,
+    log_probs,
+    pad,
+    resolve_position,
+    token_probs,
+    token_text,
+)
+
+
+class NextToken(TypedDict):
+    """The distribution over the token that follows one position of a text.
+
+    Attributes:
+        text: The text as given.
+        n_tokens: Its length in tokens, special ones included.
+        position: Index of the token after which the distribution stands, from 0.
+        token: That token.
+        entropy: Entropy of the distribution, in nats.
+        top: The most probable next tokens, best first.
+        actual: The token that the text really goes on with; None at its end.
+    """
+
+    text: str
+    n_tokens: int
+    position: int
+    token: str
+    entropy: float
+    top: list[TokenProb]
+    actual: TokenProb | None
+
+
+class TokenProbs(TypedDict):
+    """Result of `analyze_token_probs`: a row per text, in order."""
+
+    rows: list[NextToken]
+
+
+@torch.inference_mode()
+def analyze_token_probs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | list[str],
+    top_k: int = 10,
+    position: int = -1,
+) -> TokenProbs:
+    """Read the model's next-token distribution after one position of a text, or of several texts in one batch.
+
+    Args:
+        model: A causal Hugging Face language model in eval mode, on any devices, in any dtype.
+        tokenizer: Its tokenizer; it adds special tokens as it does by default.
+        text: One text or a list of them, of any lengths.
+        top_k: How many tokens to list.
+        position: Token after which the distribution is read, counted in each text's own tokens; negative from its end.
+
+    Returns:
+        A row per text with probabilities from a float32 softmax (float64 for a float64 model).
+
+    Raises:
+        ValueError: A text has no tokens, does not fit the context or has no such position, or top_k is out of range.
+    """
+    texts = [text] if isinstance(text, str) else list(text)
+    ids = encode(tokenizer, texts)
+    check_context(model, ids)
+    positions = [resolve_position(position, len(row), text) for row, text in zip(ids, texts, strict=True)]
+    batch = pad(ids, "right", 0, model.device)
+    logprobs = log_probs(logits_at(model, batch, torch.arange(len(ids)), torch.tensor(positions)))
+    check_top_k(top_k, logprobs.shape[-1])
+
+    following = [row[i + 1 : i + 2] for row, i in zip(ids, positions, strict=True)]
+    actual = torch.tensor([(new or [0]) for new in following], device=logprobs.device)  # 0 stands in, and is cut below
+    found = token_probs(tokenizer, logprobs, torch.cat([logprobs.topk(top_k).indices, actual], -1))
+    entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist()
+    return TokenProbs(
+        rows=[
+            NextToken(
+                text=text,
+                n_tokens=len(row),
+                position=i,
+                token=token_text(tokenizer, row[i]),
+                entropy=entropy,
+                top=tokens[:-1],
+                actual=tokens[-1] if new else None,
+            )
+            for text, row, i, entropy, tokens, new in zip(
+                texts, ids, positions, entropies, found, following, strict=True
+            )
+        ]
+    )
