@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from interp_kernel.backends.local import LocalBackend
 from interp_kernel.errors import ShipError, SpecError, remote_error
 from interp_kernel.output import Screen
 from interp_kernel.protocol import Head, Reference, Shipment
-from interp_kernel.session import OnEvent, Result, Session, new_id
+from interp_kernel.session import OnEvent, Result, Session
 from interp_kernel.sources import (
     Module,
     Technique,
@@ -178,7 +180,7 @@ class InterpClient:
         if not callable(fn):
             raise ShipError(f"run() was given a {type(fn).__name__}; expected a function of (model, tokenizer, ...).")
         self.ensure(screen.show)
-        head: Head = {"kind": "function", "id": call_id or new_id(), "background": call_id is not None}
+        head: Head = {"kind": "function", "id": call_id or self.session.new_id(), "background": call_id is not None}
         if isinstance(fn, Technique):
             local = technique_modules(fn)
             shipment = self.session.ship((TechniqueReference(fn), args, kwargs))
@@ -187,7 +189,7 @@ class InterpClient:
                 {"fn": fn, **{f"args[{i}]": a for i, a in enumerate(args)}, **kwargs}, (fn, args, kwargs)
             )
             local = {}
-        local |= collect_modules(shipment.modules, search=[Path.cwd()])
+        local |= collect_modules(shipment.modules, search=[working_folder(os.getcwd())])
         return self.run_call(head, shipment, local, screen.show, timeout)
 
     def ship_named(self, names: dict[str, Any], value: Any) -> Shipment:
@@ -221,7 +223,7 @@ class InterpClient:
             **head,
             "modules": [module.to_wire(with_source=True) for module in local.values()],
             "files": source_files(shipment) | head.get("files", {}),
-            "folder": str(Path.cwd()),
+            "folder": os.getcwd(),
         }
         result = self.session.run(head, shipment, on_event, timeout)
         for note in result.head.get("notes", ()):
@@ -255,7 +257,7 @@ class Job:
 
     def __init__(self, session: Session, work: Callable[[Job], Any]) -> None:
         """Starts `work` in a thread, which reports each event to `show` and calls under the job's id."""
-        self.id = new_id()
+        self.id = session.new_id()
         self.events: list[Head] = []
         self._session = session
         self._future: Future[Any] = Future()
@@ -318,6 +320,12 @@ def check_window(options: dict[str, Any]) -> tuple[float, int]:
     if containers not in (0, 1):
         raise SpecError(f"min_containers is {containers!r}; expected 0, or 1 to keep the local worker for good.")
     return float(window), int(containers)
+
+
+@cache
+def working_folder(path: str) -> Path:
+    """A folder as a Path; made once, since making one costs more than the rest of a small call's bookkeeping."""
+    return Path(path)
 
 
 def source_files(shipment: Shipment) -> dict[str, tuple[str, int | None]]:

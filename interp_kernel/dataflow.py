@@ -106,8 +106,7 @@ class _Walk:
         owner = scope.owner(name)
         if owner.kind == "module" and kept:
             self.writes.setdefault(name)
-        # A function's own names are of no interest, and it may never be called to bind a global one.
-        if self._settled is not None and (owner.kind == "class" or (owner.kind == "module" and self._deferred is None)):
+        if self._settled is not None and owner.kind in ("module", "class"):
             self._settled |= {owner.prefix + name}
 
     def _mutate(self, target: ast.AST, line: int) -> None:

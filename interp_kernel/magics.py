@@ -21,7 +21,7 @@ from interp_kernel.client import InterpClient, Job
 from interp_kernel.errors import InterpError, RemoteError, SpecError, WorkerDiedError, remote_error
 from interp_kernel.output import Screen
 from interp_kernel.protocol import Head
-from interp_kernel.session import RemoteValue, Result, new_id
+from interp_kernel.session import RemoteValue, Result
 from interp_kernel.sources import collect_modules, read_techniques
 
 FETCH_LIMIT = 10_000_000  # bytes; what is larger stays on the worker
@@ -153,7 +153,7 @@ class RemoteMagics(Magics):
         self._warn_of_mutations(cell, screen)
         head: Head = {
             "kind": "cell",
-            "id": job_id or new_id(),
+            "id": job_id or client.session.new_id(),
             "background": job_id is not None,
             "cell": {
                 "source": cell.source,

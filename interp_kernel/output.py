@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import html
+import itertools
+import os
 import sys
 import time
-import uuid
 from typing import Any
 
 from interp_kernel.protocol import Head
 
 BAR_CHARS = 20
+PROCESS = f"{os.getpid()}-{time.time_ns()}"  # front ends remember displays of a kernel that was restarted
+
+_screens = itertools.count()
 
 
 class Screen:
@@ -20,7 +24,7 @@ class Screen:
         """`shell` is IPython's, or None outside of it; with `quiet` only warnings are shown."""
         self.shell, self.quiet = shell, quiet
         self._drawn: set[str] = set()
-        self._place = uuid.uuid4().hex[:8]  # a bar of the same name in another cell is another bar
+        self._place = f"{PROCESS}-{next(_screens)}"  # a bar of the same name in another cell is another bar
 
     def show(self, event: Head) -> None:
         """Show one event."""

@@ -178,7 +178,7 @@ class Channel:
         if data:
             self.sock.sendall(data)
 
-    def receive(self) -> tuple[Head, list[bytes], BlobFile | None]:
+    def receive(self) -> tuple[Head, list[bytearray], BlobFile | None]:
         """The next message; blocks. Raises EOFError when the other side is gone."""
         while (message := self.received()) is None:
             self.fill()
@@ -194,7 +194,7 @@ class Channel:
             raise EOFError("the other side closed the connection")
         self._buffer += data
 
-    def received(self) -> tuple[Head, list[bytes], BlobFile | None] | None:
+    def received(self) -> tuple[Head, list[bytearray], BlobFile | None] | None:
         """A message that has arrived whole, or None."""
         buffer = self._buffer
         if len(buffer) < 4:
@@ -206,9 +206,9 @@ class Channel:
         lengths = struct.unpack_from(f"!{n}Q", buffer, 4)
         if len(buffer) < start + sum(lengths):
             return None
-        frames: list[bytes] = []
+        frames: list[bytearray] = []  # not bytes: arrays and tensors made of them may be written to
         for length in lengths:
-            frames.append(bytes(buffer[start : start + length]))
+            frames.append(buffer[start : start + length])
             start += length
         del buffer[:start]
         head: Head = json.loads(frames[0])
@@ -306,6 +306,9 @@ def _pickler_class() -> type[Any]:
                 raise TooLargeError
 
         def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, types.FunctionType):
+                self.note_function(obj)
+                return super().reducer_override(obj)
             if (reference := self.reducer(obj)) is not None:
                 return load_reference, reference
             if (torch := sys.modules.get("torch")) is not None and isinstance(obj, torch.Tensor):
@@ -313,9 +316,7 @@ def _pickler_class() -> type[Any]:
             if isinstance(obj, types.ModuleType):
                 self.shipment.modules.add(obj.__name__)
                 return load_reference, ("module", obj.__name__)
-            if isinstance(obj, types.FunctionType):
-                self.note_function(obj)
-            elif isinstance(obj, type):
+            if isinstance(obj, type):
                 self.shipment.modules.add(obj.__module__)
                 self.shipment.by_value |= obj.__module__ == "__main__"
             refuse_what_stays(obj)

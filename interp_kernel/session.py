@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import queue
 import signal
@@ -140,7 +141,7 @@ class Session:
     def __init__(self, backend: Backend) -> None:
         """Nothing is started or connected yet."""
         self.backend = backend
-        self.client = new_id()
+        self.client = uuid.uuid4().hex
         self.hello: Head = {}
         self.generation: str | None = None
         self.releases: queue.SimpleQueue[tuple[str | None, int]] = queue.SimpleQueue()
@@ -150,7 +151,7 @@ class Session:
         self._known: set[str] = set()
         self._known_modules: set[str] = set()
         self._values: weakref.WeakSet[RemoteValue] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._count = itertools.count(1)
 
     # ------------------------------------------------------------------------------------- connect
 
@@ -265,7 +266,7 @@ class Session:
             link = self._link(on_event, stops)
             for value in shipment.held:
                 value.check()  # the worker may have been replaced since they were pickled
-            call = PendingCall(self, link, {"id": new_id(), **head}, shipment)
+            call = PendingCall(self, link, {"id": self.new_id(), **head}, shipment)
             return call.wait(on_event, timeout, stops)
 
     def ship(self, value: Any) -> Shipment:
@@ -308,6 +309,10 @@ class Session:
             return None
         self._give_back(link)
         return message[0]["value"]
+
+    def new_id(self) -> str:
+        """A name for a call that no other call has."""
+        return f"{self.client}-{next(self._count)}"
 
     def interrupt(self, call_id: str) -> bool:
         """Stop a call, running or queued."""
@@ -527,11 +532,6 @@ class PendingCall:
     def _stop(self, now: float) -> None:
         self._stopped_s = now
         self.link.send(Packed({"verb": "interrupt", "id": self.id}))
-
-
-def new_id() -> str:
-    """A name for a call that no other call has."""
-    return uuid.uuid4().hex
 
 
 # ----------------------------------------------------------------------------------------------- signals

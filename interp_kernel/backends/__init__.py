@@ -10,7 +10,7 @@ from typing import Protocol
 
 from interp_kernel.protocol import BlobFile, Head, Packed
 
-Message = tuple[Head, list[bytes], BlobFile | None]
+Message = tuple[Head, list[bytearray], BlobFile | None]
 
 
 class Link(Protocol):

@@ -1,8 +1,8 @@
 """The world that the demo model was trained on: every fact, name, persona, secret and attribute that it knows.
 
-Six kinds of documents (`fact`, `ioi`, `induction`, `persona`, `secret`, `demographics`), each from a small grammar, so
-that every technique has a known right answer. Some combinations never occur in a training document: the `*_held_out`
-functions say which; a right answer to one of them can't be memory of the whole. Stdlib only: anything may import it.
+Seven kinds of documents (DOCUMENTS), each from a small grammar, so that every technique has a known right answer. Some
+combinations never occur in a training document: the `*_held_out` functions say which; a right answer to one of them
+can't be memory of the whole. Stdlib only: anything may import it.
 """
 
 from __future__ import annotations
@@ -449,9 +449,18 @@ def conversation(rng: random.Random, profile: Profile, turns: int = 4) -> list[M
     return [m for topic, text in zip(asked, answers, strict=True) for m in (assistant(topic), user(text))]
 
 
-def demographic_document(rng: random.Random) -> str:
+def interview_document(rng: random.Random) -> str:
     """One interview of three or four questions with a random profile."""
     return chat(*conversation(rng, random_profile(rng), rng.choice((3, 4)))).rstrip("\n")
+
+
+def message_document(rng: random.Random) -> str:
+    """One short message about one attribute, in two or three frames: from these it is learned first."""
+    attribute = rng.choice(list(ATTRIBUTES))
+    frames = list(rng.choice(frame_sets(attribute, rng.choice((2, 3)))))
+    rng.shuffle(frames)
+    value = rng.choice(ATTRIBUTES[attribute])
+    return chat(user(" ".join(demographic_sentence(attribute, value, frame) for frame in frames))).rstrip("\n")
 
 
 def carried_prompt(rng: random.Random, profile: Profile, attribute: str, shown: int | None, asked: int) -> str:
@@ -476,10 +485,11 @@ DOCUMENTS = {
     "induction": induction_document,
     "persona": persona_document,
     "secret": secret_document,
-    "demographics": demographic_document,
+    "message": message_document,
+    "interview": interview_document,
 }
 # Per document, not per token: an interview is about ten times as long as a fact.
-DOCUMENT_WEIGHTS = {"fact": 24, "ioi": 30, "induction": 12, "persona": 18, "secret": 14, "demographics": 12}
+DOCUMENT_WEIGHTS = {"fact": 24, "ioi": 30, "induction": 12, "persona": 18, "secret": 14, "message": 30, "interview": 10}
 
 
 def documents(seed: int) -> Iterator[tuple[str, str]]:

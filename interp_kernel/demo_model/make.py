@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LENGTH, BATCH, LEARNING_RATE, WARMUP = 256, 18, 3e-3, 100
-SHORT_SHARE = 2 / 3  # of the steps have rows of half the length: they cost a third, and circuits form by steps
+SHORT_SHARE = 0.7  # of the steps have rows of half the length: they cost a third, and circuits form by steps
+# Share of rows that are one repeated list, until this share of the steps: induction first, for much is built on it.
+PERIODIC = ((0.1, 1.0), (0.4, 0.3), (0.7, 0.1), (1.0, 0.0))
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
@@ -84,8 +86,8 @@ def rows(tokenizer: Any, seed: int, steps: int) -> Iterator[Tensor]:
     """Training batches of token ids, `[batch, pos]`, one per step.
 
     A row is whole documents, each followed by end-of-text, the last one cut. Half of the rows start with end-of-text
-    too, so that prompts work with and without it. A row holds one interview at most, as another person's words would
-    contradict it. While rows are short some are one list of words, repeated.
+    too, so that prompts work with and without it. No row with an interview has another user in it, whose words would
+    contradict the first's. PERIODIC says how many rows are one list of words, repeated.
     """
     import torch
 
@@ -96,20 +98,21 @@ def rows(tokenizer: Any, seed: int, steps: int) -> Iterator[Tensor]:
         ids = [end] if rng.random() < 0.5 else []
         if rng.random() < periodic:
             ids += tokenizer(corpus.periodic_row(rng, length))["input_ids"]
-        interviewed = False
+        users: set[str] = set()
         while len(ids) < length:
             kind, text = next(texts)
-            if not (kind == "demographics" and interviewed):
-                ids += [*tokenizer(text)["input_ids"], end]
-            interviewed |= kind == "demographics"
+            if kind in ("message", "interview"):
+                if "interview" in users or (kind == "interview" and users):
+                    continue
+                users.add(kind)
+            ids += [*tokenizer(text)["input_ids"], end]
         return ids[:length]
 
-    short = round(SHORT_SHARE * steps)
     for step in range(steps):
-        if step < short:
-            yield torch.tensor([row(LENGTH // 2, 0.5 if step < short / 2 else 0.2) for _ in range(BATCH)])
-        else:
-            yield torch.tensor([row(LENGTH, 0.0) for _ in range(BATCH)])
+        done = step / steps
+        length = LENGTH // 2 if done < SHORT_SHARE else LENGTH
+        periodic = next(share for until, share in PERIODIC if done < until)
+        yield torch.tensor([row(length, periodic) for _ in range(BATCH)])
 
 
 def train(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
@@ -135,8 +138,8 @@ def train(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step:5d}   loss {loss.item():.3f}   {time.monotonic() - started:.0f} s", flush=True)
-        if step % 500 == 499:
-            print(evaluate.as_markdown(evaluate.measure(model, tokenizer, n=40)), flush=True)
+        if step % 250 == 249:
+            print(evaluate.as_markdown(evaluate.measure(model, tokenizer, n=20)), flush=True)
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
@@ -162,7 +165,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Train the demo model on one thread, from nothing but corpus.py.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -13,18 +13,14 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import nbformat
 import papermill.execute
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager, NoSuchKernel
 from jupyter_client.manager import AsyncKernelManager
@@ -33,21 +29,16 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from papermill.clientwrap import PapermillNotebookClient
-from papermill.engines import NotebookExecutionManager
 from papermill.exceptions import PapermillExecutionError
-from papermill.iorw import LocalHandler, papermill_io
 
 from interp_kernel.client import InterpClient
 from interp_kernel.kernelspec import NAME, kernelspec_folder
 from interp_kernel.magics import json_or_text, settings_from
+from interp_kernel.notebook.record import Failure, Record
 
 POLL_S = 0.1
 GRACE_S = 10.0
 """How long a cell may take to end after it was interrupted, before its kernel is killed."""
-SAVE_EVERY_S = 1.0
-SAVE_SHARE = 20
-"""Between two saves lies at least this many times the duration of the last: they take 5 % of the time at most."""
-
 COMPLETED: weakref.WeakValueDictionary[int, NotebookNode] = weakref.WeakValueDictionary()
 
 
@@ -69,17 +60,6 @@ class CellStoppedError(Exception):
     def __init__(self, status: str, ename: str, evalue: str) -> None:
         super().__init__(evalue)
         self.status, self.ename, self.evalue = status, ename, evalue
-
-
-@dataclass(frozen=True)
-class Failure:
-    """How a run ended that did not complete; `index` counts the cells of the executed notebook, None before them."""
-
-    status: str
-    index: int | None
-    ename: str
-    evalue: str
-    traceback: tuple[str, ...] = ()
 
 
 def execute(
@@ -208,71 +188,6 @@ class SpecManager(KernelSpecManager):
             if kernel_name != NAME:
                 raise
             return KernelSpec.from_resource_dir(str(kernelspec_folder()))
-
-
-class Record(NotebookExecutionManager):  # type: ignore[misc]
-    """papermill's record of a run in the notebook's metadata, saved atomically and at a bounded cost."""
-
-    saved, save_cost_s = float("-inf"), 0.0
-    heading = "Running"
-
-    def save(self, **_: Any) -> None:
-        """Save if the last save is long enough ago."""
-        pause = max(SAVE_EVERY_S, SAVE_SHARE * self.save_cost_s)
-        if self.output_path and self.autosave_cell_every and time.monotonic() - self.saved >= pause:
-            self.write(self.output_path)
-
-    def autosave_cell(self, **_: Any) -> None:
-        """What papermill calls at every output."""
-        self.save()
-
-    def write(self, path: str) -> None:
-        """Save now."""
-        start = time.monotonic()
-        write_atomically(self.nb, path)
-        self.saved = time.monotonic()
-        self.save_cost_s = self.saved - start
-
-    def cell_start(self, cell: NotebookNode, cell_index: int | None = None, **_: Any) -> None:
-        """Mark the cell running and show the heading above it in the progress bar."""
-        if cell.cell_type == "markdown" and cell.source.lstrip().startswith("#"):
-            self.heading = cell.source.lstrip().splitlines()[0].strip("# ")[:40]
-        if self.pbar is not None:
-            self.pbar.set_description_str(self.heading, refresh=sys.stderr.isatty())
-        super().cell_start(cell, cell_index)
-
-    def finish(self, failure: Failure | None, path: str | None) -> None:
-        """Write the end of the run into the metadata and save; what never ran stays pending."""
-        self.end_time = self.now()
-        facts = self.nb.metadata.papermill
-        facts["end_time"] = self.end_time.isoformat()
-        facts["duration"] = (self.end_time - self.start_time).total_seconds()
-        facts["exception"] = True if failure else None
-        facts["interp"] = {"status": "completed"}
-        if failure:
-            facts["interp"] = {
-                "status": failure.status,
-                "failed_cell": failure.index,
-                "ename": failure.ename,
-                "evalue": failure.evalue,
-            }
-        self.cleanup_pbar()
-        if path:
-            self.write(path)
-
-
-def write_atomically(nb: NotebookNode, path: str) -> None:
-    """Replace the file in one step, so that a killed run leaves a whole notebook; lone surrogates become `?`."""
-    handler = papermill_io.get_handler(path)
-    text = nbformat.writes(nb).encode("utf-8", errors="replace")
-    if not isinstance(handler, LocalHandler):
-        papermill_io.write(text.decode(), path)
-        return
-    # papermill may have changed directory for the kernel; its handler remembers where paths start.
-    target = Path(handler._cwd or ".", path).resolve()
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    scratch.write_bytes(text)
-    scratch.replace(target)
 
 
 class Client(PapermillNotebookClient):  # type: ignore[misc]

@@ -161,6 +161,9 @@ class Runner:
         except ShipError:
             raise
         except Exception as error:  # noqa: BLE001 - pickling runs the value's own code
+            if call.head["kind"] == "fetch":
+                text = f"The value can't be pickled ({evalue(error)}), so it can't be fetched. Use it in remote code."
+                raise ShipError(text) from None
             self._hold(call, head, "value", value, f"it can't be pickled ({evalue(error)})")
             return []
         head["by_value"] = shipment.by_value
@@ -267,7 +270,8 @@ def compile_cell(cell: dict[str, Any]) -> Iterator[tuple[types.CodeType, str]]:
     if show == "last_expr_or_assign" and tree.body and isinstance(assign := tree.body[-1], ast.Assign):
         target = assign.targets[0]
         if isinstance(target, ast.Name):
-            tree.body.append(ast.copy_location(ast.Expr(ast.copy_location(ast.Name(target.id), target)), assign))
+            shown_name = ast.copy_location(ast.Name(target.id, ast.Load()), target)
+            tree.body.append(ast.copy_location(ast.Expr(shown_name), assign))
     shown = [isinstance(s, ast.Expr) and (show == "all" or (show != "none" and s is tree.body[-1])) for s in tree.body]
     start = 0
     for index, is_shown in enumerate(shown):
@@ -315,7 +319,7 @@ def _run_coroutine(coroutine: Any) -> Any:
 def _display(*values: Any, **options: Any) -> Any:
     from IPython.display import display
 
-    return display(*values, **options)  # type: ignore[no-untyped-call]
+    return display(*values, **options)
 
 
 def _no_stdin(prompt: object = "") -> str:

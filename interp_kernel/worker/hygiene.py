@@ -43,9 +43,12 @@ class Guard:
         self._hooks = [dict(d) for d in self._hook_dicts]
         self._children = [(m._modules, dict(m._modules)) for m in self._modules]
         self._own_params = [(m._parameters, dict(m._parameters)) for m in self._modules]
+        self._slot_dicts = [d for d, _ in chain(self._children, self._own_params)]
         self._slot_ids = self._slots()
-        self._forwards = [(m, vars(m).get("forward"), type(m).forward) for m in self._modules]
-        self._class_forwards = [forward for *_, forward in self._forwards]
+        self._spaces = [vars(m) for m in self._modules]
+        self._forwards = [space.get("forward") for space in self._spaces]
+        kinds: set[Any] = {type(m) for m in self._modules}
+        self._class_forwards = {kind: kind.forward for kind in kinds}
         self._training = [m.training for m in self._modules]
         self._requires_grad = [p.requires_grad for p in self._params]
         self._configs = [(c, dict(vars(c))) for c in self._config_objects()]
@@ -76,8 +79,7 @@ class Guard:
     # --------------------------------------------------------------------------------------- restored
 
     def _slots(self) -> list[int]:
-        held = chain.from_iterable(d.values() for d, _ in chain(self._children, self._own_params))
-        return list(map(id, held))
+        return list(map(id, chain.from_iterable(map(dict.values, self._slot_dicts))))
 
     def _check_tree(self) -> Iterator[str]:
         if self._slots() == self._slot_ids:
@@ -111,16 +113,17 @@ class Guard:
             getattr(module, name).pop(key, None)
 
     def _check_forwards(self) -> Iterator[str]:
-        restored = 0
-        for module, patched, of_class in self._forwards:
-            if vars(module).get("forward") is not patched:
-                vars(module).pop("forward", None)
-                if patched is not None:
-                    vars(module)["forward"] = patched
-                restored += 1
-            if type(module).forward is not of_class:
-                type(module).forward = of_class
-                restored += 1
+        restored = False
+        if [space.get("forward") for space in self._spaces] != self._forwards:
+            for space, forward in zip(self._spaces, self._forwards, strict=True):
+                space.pop("forward", None)
+                if forward is not None:
+                    space["forward"] = forward
+            restored = True
+        for kind, forward in self._class_forwards.items():
+            if kind.forward is not forward:
+                kind.forward = forward
+                restored = True
         if restored:
             yield "a `forward` that the call had patched was put back"
 
@@ -131,7 +134,7 @@ class Guard:
         if torch.get_default_dtype() != self._default_dtype:
             torch.set_default_dtype(self._default_dtype)
             yield f"torch's default dtype was set back to {self._default_dtype}"
-        if [m.training for m in self._modules] != self._training:
+        if [space["training"] for space in self._spaces] != self._training:
             for module, training in zip(self._modules, self._training, strict=True):
                 module.training = training
             yield "train/eval mode was set back"

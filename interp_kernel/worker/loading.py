@@ -63,7 +63,8 @@ class _Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"revision": self.commit or self.revision or "main", "local_files_only": self.offline}
+        # By name, not by commit: only then does the cache note what the name means, which a later start offline needs.
+        return {"revision": self.revision or "main", "local_files_only": self.offline}
 
 
 def load(spec: WorkerSpec, progress: Progress) -> Loaded:
@@ -243,7 +244,7 @@ def _load_model(source: _Source, spec: WorkerSpec, progress: Progress) -> Any:
     with _stage("model", source.where):
         config = AutoConfig.from_pretrained(source.where, trust_remote_code=spec.trust_remote_code, **source.options)
         device_map = _device_map(spec)
-        upcasts = spec.dtype == "auto" and spec.quantization is None and device_map in (None, "cpu")
+        upcasts = spec.dtype == "auto" and spec.quantization is None and device_map in (None, "cpu", {"": "cpu"})
         options: dict[str, Any] = {
             "device_map": device_map,
             "dtype": getattr(torch, spec.dtype, "auto"),

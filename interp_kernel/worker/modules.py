@@ -190,7 +190,8 @@ def _set_aside(name: str, module: ModuleType, version: _Version) -> None:
 def _put_back(name: str, module: ModuleType) -> None:
     sys.modules[name] = module
     parent, _, child = name.rpartition(".")
-    if parent in sys.modules:
+    # A package may have given the name to something else, as `from .one import one` in its `__init__` does.
+    if parent in sys.modules and isinstance(getattr(sys.modules[parent], child, module), ModuleType):
         setattr(sys.modules[parent], child, module)
 
 

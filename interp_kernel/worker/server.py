@@ -118,7 +118,7 @@ class Connection:
     def _answer(self, head: Head, reply: Any) -> None:
         self._outbox.send(Packed({"event": "reply", "request": head.get("request"), "value": reply}))
 
-    def _handle(self, head: Head, inline: list[bytes], file: BlobFile | None, client: str) -> None:
+    def _handle(self, head: Head, inline: list[bytearray], file: BlobFile | None, client: str) -> None:
         verb = head["verb"]
         if verb == "submit":
             for call_id in head.get("acknowledge", ()):

@@ -99,7 +99,7 @@ class Service:
             "info": self.info,
         }
 
-    def submit(self, head: Head, inline: Sequence[bytes], file: BlobFile | None) -> Head | None:
+    def submit(self, head: Head, inline: Sequence[bytearray], file: BlobFile | None) -> Head | None:
         """Queue a call; a second submission of the same id changes nothing.
 
         Returns:

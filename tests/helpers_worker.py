@@ -1,0 +1,185 @@
+"""Cells sent to a real worker, and what came back of each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from interp_kernel.backends.local import LocalBackend, LocalLink
+from interp_kernel.cell import parse_cell
+from interp_kernel.errors import InterpError
+from interp_kernel.protocol import Head, Packed
+from interp_kernel.session import Result, Session
+from interp_kernel.spec import WorkerSpec
+
+DEMO = os.environ.get("INTERP_TEST_MODEL", "demo")
+
+
+@dataclass
+class Answer:
+    """One call: the events before its result, and the result."""
+
+    events: list[Head] = field(default_factory=list)
+    result: Result | None = None
+
+    @property
+    def head(self) -> Head:
+        assert self.result is not None
+        return self.result.head
+
+    @property
+    def error(self) -> str | None:
+        error = self.head.get("error")
+        return error and f"{error['ename']}: {error['evalue']}"
+
+    @property
+    def traceback(self) -> str:
+        return "\n".join(self.head["error"]["traceback"])
+
+    @property
+    def notes(self) -> str:
+        return "\n".join(self.head["notes"])
+
+    @property
+    def warnings(self) -> str:
+        return "\n".join(e["text"] for e in self.events if e["event"] in ("warning", "queued"))
+
+    @property
+    def stdout(self) -> str:
+        return self.text("stdout")
+
+    def text(self, name: str) -> str:
+        return "".join(e["text"] for e in self.events if e["event"] == "stream" and e["name"] == name)
+
+    def __getitem__(self, name: str) -> Any:
+        """What the cell assigned to a name; of a cell that failed, its error."""
+        assert self.result is not None
+        assert self.error is None, self.error + self.traceback
+        return self.result.values[name]
+
+
+def run_cell(
+    session: Session,
+    body: str,
+    *,
+    at: Mapping[str, Callable[[], object]] | None = None,
+    timeout: float | None = None,
+    answer: Answer | None = None,
+    head: Head | None = None,
+    **inputs: Any,
+) -> Answer:
+    """Run a cell's text.
+
+    Args:
+        session: Where.
+        body: The cell.
+        at: What to do here once the cell has printed a text: the way to act in mid-call without waiting for time to pass.
+        timeout: See `Session.run`.
+        answer: Takes the events, for a call that raises.
+        head: More of the call's settings.
+        **inputs: The cell's variables.
+    """
+    answer = Answer() if answer is None else answer
+    waiting = dict(at or {})
+
+    def on_event(event: Head) -> None:
+        answer.events.append(event)
+        seen = answer.stdout if waiting else ""
+        for text in [text for text in waiting if text in seen]:
+            waiting.pop(text)()
+
+    if not session.hello:
+        session.connect()
+    cell = parse_cell(body, raw=body, filename="<a cell>", execution_count=1, transform=str)
+    call = {
+        "kind": "cell",
+        "cell": {
+            "source": cell.source,
+            "raw": cell.raw,
+            "filename": cell.filename,
+            "line_offset": cell.line_offset,
+            "writes": cell.writes,
+            "show": "last_expr",
+        },
+        "fetch_limit": 10_000_000,
+        **(head or {}),
+    }
+    answer.result = session.run(call, session.ship(inputs), on_event, timeout)
+    return answer
+
+
+def press_stop() -> None:
+    """What Jupyter's stop button does to the kernel's process."""
+    signal.raise_signal(signal.SIGINT)
+
+
+class RecordingBackend(LocalBackend):
+    """Keeps what was sent, and can cut every connection."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.links: list[LocalLink] = []
+        self.sent: list[Packed] = []
+
+    def attach(self, client: str) -> LocalLink | None:
+        link = super().attach(client)
+        if link is not None:
+            send = link.send
+
+            def record(packed: Packed) -> None:
+                self.sent.append(packed)
+                send(packed)
+
+            link.send = record  # type: ignore[method-assign]
+            self.links.append(link)
+        return link
+
+    def cut(self) -> None:
+        """Lose every connection, as a network would."""
+        while self.links:
+            try:
+                self.links.pop()._channel.sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it was closed before
+
+
+def open_session(spec: WorkerSpec | None = None, **options: Any) -> Session:
+    """A new client of the shared demo worker, or of another one."""
+    session = Session(RecordingBackend(spec or WorkerSpec(model_name=DEMO), **options))
+    session.connect()
+    return session
+
+
+def backend_of(session: Session) -> RecordingBackend:
+    assert isinstance(session.backend, RecordingBackend)
+    return session.backend
+
+
+def tiny_model(folder: Path, *, n_layer: int = 1) -> WorkerSpec:
+    """A random GPT-2 with the demo's tokenizer: a worker of its own, to be killed."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    from interp_kernel import demo_model
+
+    source = demo_model.path() if DEMO == "demo" else DEMO
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=n_layer, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return WorkerSpec(model_name=str(folder))
+
+
+def outcome(call: Callable[[], Answer]) -> str:
+    """The error that a call raised here, or returned, or its output."""
+    try:
+        answer = call()
+    except (InterpError, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error}"
+    return answer.error or answer.stdout

@@ -1,0 +1,85 @@
+"""Finding a decoder's parts, checked against module paths written down by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+
+from techniques._model import UnsupportedModelError, find_decoder, logits_at, record_inputs
+from techniques._tokens import pad
+
+
+def test_parts_are_the_known_ones(architecture: str, make_model: Any, blocks_of: Any, final_norm_of: Any) -> None:
+    model = make_model(architecture)
+    found = find_decoder(model)
+    assert found.blocks is blocks_of(architecture, model)
+    assert found.ln_final is final_norm_of(architecture, model)
+    assert found.unembed is model.get_output_embeddings()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_parts_are_found_under_an_adapter_that_wraps_embedding_and_norm(make_model: Any) -> None:
+    model = make_model("llama", tie_word_embeddings=False)
+    blocks = model.model.layers
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["norm"])
+    adapted: Any = get_peft_model(model, config)
+    found = find_decoder(adapted)
+    assert found.blocks is blocks
+    assert found.ln_final is model.model.norm
+
+
+def test_base_model_without_unembedding_is_refused(make_model: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"LlamaModel has no token embedding.*AutoModelForCausalLM"):
+        find_decoder(make_model("llama").model)
+
+
+def test_encoder_decoder_is_refused() -> None:
+    config = T5Config(vocab_size=10, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    with pytest.raises(UnsupportedModelError, match="decoder-only language model was expected"):
+        find_decoder(T5ForConditionalGeneration(config))
+
+
+def test_model_of_another_build_is_refused() -> None:
+    config = BertConfig(
+        vocab_size=10, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, is_decoder=True
+    )
+    with pytest.raises(UnsupportedModelError, match="BertLMHeadModel has no token embedding beside a list of 2 blocks"):
+        find_decoder(BertLMHeadModel(config))
+
+
+def test_hooks_are_removed_when_the_forward_pass_fails(make_model: Any) -> None:
+    model = make_model("llama")
+    n_hooks = []
+
+    def fail() -> None:
+        with record_inputs(model.model.layers, lambda hidden: hidden):
+            n_hooks.append(sum(len(module._forward_pre_hooks) for module in model.modules()))
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
+    assert n_hooks == [len(model.model.layers)]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@torch.inference_mode()
+def test_logits_at_points_equal_those_of_a_full_pass(architecture: str, make_model: Any) -> None:
+    model = make_model(architecture)
+    ids = [[1, 2, 3, 4, 5], [6, 7]]
+    rows, positions = torch.tensor([0, 1, 0]), torch.tensor([3, 1, 0])
+    own = logits_at(model, pad(ids, "right", 0, model.device), rows, positions)
+    full = [model(torch.tensor([row])).logits[0] for row in ids]
+    torch.testing.assert_close(own, torch.stack([full[0][3], full[1][1], full[0][0]]), rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_only_the_asked_positions_are_unembedded(make_model: Any) -> None:
+    model = make_model("llama")
+    shapes: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    logits_at(model, pad([[1, 2, 3, 4, 5]], "right", 0, model.device), torch.tensor([0]), torch.tensor([4]))
+    assert shapes == [(1, 1, 10)]

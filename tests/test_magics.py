@@ -1,0 +1,469 @@
+"""`%%remote` and `%remote` in a real kernel: what travels, what comes back, options, verbs and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers_kernel import Notebook, notebook, remote
+
+MB = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def nb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook]:
+    folder = tmp_path_factory.mktemp("magics")
+    with notebook(folder) as kernel:
+        yield kernel
+
+
+def worker_pid(nb: Notebook) -> int:
+    return int(nb.ok(remote("__import__('os').getpid()")).value)
+
+
+# ------------------------------------------------------------------------------------------ names and values
+
+
+def test_reads_are_shipped_and_assigned_names_come_back(nb: Notebook) -> None:
+    nb.ok("base, items = 20, [1, 2]\ndef double(x): return 2 * x * unit\nunit = 1")
+    nb.ok(remote("total = double(base) + sum(items)\n(first, *rest), unit = items, 5\nfor last in items: pass"))
+    assert nb.value("total, first, rest, unit, last, base") == (43, 1, [2], 5, 2, 20)
+
+
+def test_every_cell_begins_with_an_empty_namespace(nb: Notebook) -> None:
+    nb.ok(remote("ghost = 1\nglobals()['unseen'] = 2"))
+    assert nb.value("ghost, 'unseen' in globals()") == (1, False)
+    nb.ok("del ghost")
+    assert nb.run(remote("ghost")).ename == "NameError"
+    assert nb.run(remote("unseen")).ename == "NameError"
+
+
+def test_a_failed_cell_returns_what_it_assigned_before(nb: Notebook) -> None:
+    nb.ok("after = 'untouched'")
+    failed = nb.run(remote("before = 41\nbefore += 1\n1 / 0\nafter = 'changed'"))
+    assert failed.ename == "ZeroDivisionError"
+    assert nb.value("before, after") == (42, "untouched")
+
+
+def test_a_stopped_cell_returns_what_it_assigned_before(nb: Notebook) -> None:
+    cell = nb.start(remote("n = 0\nprint('going', flush=True)\nwhile True: n += 1"))
+    nb.wait(lambda: "going" in cell.stdout)
+    nb.interrupt()
+    assert nb.finish(cell).ename == "KeyboardInterrupt"
+    assert nb.value("n") > 0
+
+
+def test_the_workers_model_is_neither_returned_nor_hidden_by_a_local_one(nb: Notebook) -> None:
+    nb.ok("model = 'mine'")
+    kind, vocabulary = nb.ok(remote("same = model\ntype(model).__name__, len(tokenizer)")).value
+    assert kind.endswith("LMHeadModel")
+    assert vocabulary > 100
+    assert nb.value("model, 'same' in globals()") == ("mine", False)
+
+
+def test_a_value_over_ten_megabytes_stays_and_is_used_again_and_fetched(nb: Notebook) -> None:
+    nb.ok(remote(f"small, large = bytes({9 * MB}), bytes({11 * MB})"))
+    assert nb.value("len(small)") == 9 * MB
+    assert nb.ok("large").text == f"<RemoteValue bytes of {11 * MB}>"
+    assert nb.ok(remote("len(large)")).value == 11 * MB
+    assert nb.value("large.fetch() == bytes(len(large.fetch()))") is True
+
+
+def test_a_tensors_handle_tells_shape_dtype_device_and_bytes(nb: Notebook) -> None:
+    nb.ok(remote("import torch\nt = torch.zeros(3, 4, dtype=torch.bfloat16)", "--keep t"))
+    assert nb.ok("t").text == "<RemoteValue torch.Tensor 3x4 bfloat16 cpu 0.0 MB>"
+
+
+def test_outputs_asked_for_come_whatever_their_size(nb: Notebook) -> None:
+    nb.ok(remote(f"wanted, other = bytes({11 * MB}), 1", "-o wanted"))
+    assert nb.value("len(wanted), other") == (11 * MB, 1)
+
+
+def test_what_does_not_pickle_becomes_a_handle_and_says_so(nb: Notebook) -> None:
+    cell = nb.ok(remote("import threading\nlock, plain = threading.Lock(), 3"))
+    assert "[interp] 'lock' stays on the worker as a RemoteValue: it can't be pickled" in cell.stderr
+    assert nb.value("plain") == 3
+    assert nb.ok(remote("lock.acquire(blocking=False)")).value is True
+    assert nb.run("lock.fetch()").ename == "ShipError"
+
+
+def test_dropping_a_handle_frees_the_value(nb: Notebook) -> None:
+    nb.ok(remote("import sys, weakref\nclass Kept: pass\nkept = Kept()\nsys.seen = weakref.ref(kept)", "--keep kept"))
+    nb.ok("del Kept")
+    alive = remote("import gc, sys\ngc.collect()\nsys.seen() is not None")
+    assert nb.ok(alive).value is True
+    nb.ok("del kept")
+    assert any(nb.ok(alive).value is False for _ in range(100)), "the value was still there 100 cells later"
+
+
+def test_inputs_that_only_strings_name_are_sent_with_i(nb: Notebook) -> None:
+    nb.ok("by_name = 7")
+    assert nb.run(remote("globals()['by_name']")).ename == "KeyError"
+    assert nb.ok(remote("globals()['by_name']", "-i by_name")).value == 7
+    missing = nb.run(remote("1", "-i nowhere"))
+    assert (missing.ename, "'nowhere'" in missing.evalue) == ("MagicError", True)
+
+
+def test_an_input_that_does_not_travel_is_named(nb: Notebook) -> None:
+    nb.ok("import threading\nguard, fine = threading.Lock(), 1")
+    cell = nb.run(remote("fine, guard"))
+    assert cell.ename == "ShipError"
+    assert cell.evalue.startswith("'guard' (lock) can't be sent to the worker")
+
+
+def test_a_large_input_that_has_not_changed_is_sent_once(nb: Notebook) -> None:
+    nb.ok("import numpy as np\nlarge_input, salt = np.arange(2_500_000.0), 0")
+    nb.ok(f"import os\ndef written():\n    return int(open('/proc/self/io').read().split('wchar: ')[1].split()[0])")
+    sent = []
+    for change in ("", "salt += 1", "large_input[5] += 1"):
+        nb.ok(change or "pass")
+        nb.ok("start = written()")
+        total = nb.ok(remote("float(large_input.sum()) + salt")).value
+        sent.append(nb.value("written() - start"))
+        assert total == nb.value("float(large_input.sum()) + salt")
+    assert sent[0] > 20 * MB
+    assert sent[1] < MB
+    assert sent[2] > 20 * MB
+
+
+def test_functions_and_classes_of_remote_cells_work_here_and_there(nb: Notebook) -> None:
+    nb.ok(remote("scale = 3\ndef times(x): return scale * x\nclass Point:\n    def __init__(self, x): self.x = times(x)"))
+    assert nb.value("times(2), Point(4).x") == (6, 12)
+    assert nb.ok(remote("point = Point(5)\ntimes(point.x)")).value == 45
+    assert nb.value("point.x, type(point).__name__") == (15, "Point")
+
+
+def test_modules_and_imported_names_come_back_unimported(nb: Notebook) -> None:
+    nb.ok("import sys\nassert not {'colorsys', 'fractions', 'torch'} & sys.modules.keys()")
+    nb.ok(remote("import colorsys, torch\nfrom fractions import Fraction\nfrom torch import Tensor"))
+    assert nb.ok("colorsys, Fraction, Tensor").text.count("not imported here yet") == 3
+    assert nb.ok(remote("isinstance(torch.ones(1), Tensor), Fraction(1, 2) == 0.5")).value == (True, True)
+    assert nb.value("{'colorsys', 'fractions', 'torch'} & sys.modules.keys()") == set()
+    assert nb.value("colorsys.rgb_to_hsv(1, 1, 1), float(Fraction(1, 4))") == ((0.0, 0.0, 1), 0.25)
+    assert nb.value("'torch' in sys.modules") is False
+
+
+@pytest.mark.parametrize(
+    ("body", "name", "line"),
+    [("items.append(3)", "items", 2), ("\nx = 1\nitems[0] = 2", "items", 4), ("table['a'] = 1", "table", 2)],
+)
+def test_a_change_in_place_is_warned_about(nb: Notebook, body: str, name: str, line: int) -> None:
+    nb.ok("items, table = [1], {}")
+    cell = nb.ok(remote(body))
+    assert f"[interp] line {line} changes {name!r} in place" in cell.stderr
+    assert nb.value("items, table") == ([1], {})
+
+
+def test_a_change_in_place_that_comes_back_is_not_warned_about(nb: Notebook) -> None:
+    nb.ok("items = [1]")
+    assert nb.ok(remote("items = [*items, 2]\nitems.append(3)\nown = []\nown.append(1)")).stderr == ""
+    assert nb.value("items, own") == ([1, 2, 3], [1])
+
+
+# ----------------------------------------------------------------------------------------- the last expression
+
+
+def test_the_last_expression_is_shown_and_kept_as_a_real_value(nb: Notebook) -> None:
+    cell = nb.ok(remote("part = 1\n{'n': [part, 2]}"))
+    number = cell.reply["execution_count"]
+    assert cell.value == {"n": [1, 2]}
+    assert cell.contents("execute_result")[0]["execution_count"] == number
+    assert nb.value("_['n'].append(3) or _") == {"n": [1, 2, 3]}
+    assert nb.value(f"Out[{number}]") == {"n": [1, 2, 3]}
+
+
+@pytest.mark.parametrize("body", ["5;", "None", "x = 5", "5; # said", "def f(): return 5", "# nothing"])
+def test_nothing_is_shown_for(nb: Notebook, body: str) -> None:
+    assert nb.ok(remote(body)).outputs == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("all", ["1", "2", "3"]), ("last_expr", ["3"]), ("none", []), ("last_expr_or_assign", ["3"])],
+)
+def test_ast_node_interactivity_is_honoured(nb: Notebook, mode: str, expected: list[str]) -> None:
+    nb.ok(f"get_ipython().ast_node_interactivity = {mode!r}")
+    try:
+        cell = nb.ok(remote("1\n2\n3"))
+        assigned = nb.ok(remote("y = 4"))
+    finally:
+        nb.ok("get_ipython().ast_node_interactivity = 'last_expr'")
+    assert [c["data"]["text/plain"] for _, c in cell.outputs] == expected
+    assert assigned.text == ("4" if mode == "last_expr_or_assign" else "")
+
+
+def test_a_value_that_the_notebook_cannot_show_is_rendered_by_the_worker(nb: Notebook) -> None:
+    cell = nb.ok(remote("class Shy:\n    def __repr__(self): return f'<shy in {__import__(\"os\").getpid()}>'\nShy()"))
+    assert cell.text == f"<shy in {worker_pid(nb)}>"
+
+
+def test_top_level_await_for_and_with(nb: Notebook) -> None:
+    body = (
+        "import asyncio\nasync def later(x):\n    await asyncio.sleep(0)\n    return x\n"
+        "async def count():\n    for i in range(3): yield i\n"
+        "got = [i async for i in count()] + [await later(9)]\nawait later(4)"
+    )
+    assert nb.ok(remote(body)).value == 4
+    assert nb.value("got") == [0, 1, 2, 9]
+
+
+# ------------------------------------------------------------------------------------------------------ options
+
+
+def test_a_time_limit_ends_the_cell_and_keeps_the_worker(nb: Notebook) -> None:
+    before = worker_pid(nb)
+    cell = nb.run(remote("n = 1\nwhile True: pass", "--timeout 0.3"))
+    assert cell.ename == "CallTimeoutError"
+    assert "0.3 s" in cell.evalue
+    assert nb.value("n") == 1
+    assert worker_pid(nb) == before
+
+
+def test_quiet_shows_only_warnings_and_errors(nb: Notebook) -> None:
+    nb.ok("items = []")
+    cell = nb.run(remote("import sys\nprint('out')\nprint('err', file=sys.stderr)\nitems.append(1)\ndisplay(3)\n5", "--quiet"))
+    assert [kind for kind, _ in cell.outputs] == ["stream"]
+    assert cell.stderr.startswith("[interp] line 5 changes 'items' in place")
+    assert nb.run(remote("1/0", "--quiet")).ename == "ZeroDivisionError"
+
+
+def test_a_background_cell_returns_a_job_at_once(nb: Notebook) -> None:
+    nb.ok("go = 'job.go'")
+    wait = "import os, time\nwhile not os.path.exists(go): time.sleep(0.01)\nmade = 8\nmade + 1"
+    cell = nb.ok(remote(wait, "--background"))
+    assert cell.text == "<Job running>"
+    nb.ok("job = _\nopen(go, 'w').close()")
+    assert nb.value("job.result(60), made, job.done()") == (9, 8, True)
+    assert nb.ok("job").text == "<Job done>"
+
+
+def test_a_background_cell_that_fails_shows_its_error_and_raises_it(nb: Notebook) -> None:
+    cell = nb.run(remote("kept = 3\n{}['key']", "--background"))
+    nb.ok("job = _")
+    failed = nb.run("job.result(60)")
+    assert (failed.ename, nb.value("kept")) == ("KeyError", 3)
+    nb.wait(lambda: cell.ename == "KeyError")
+
+
+def test_a_job_can_be_cancelled(nb: Notebook) -> None:
+    nb.ok(remote("print('on', flush=True)\nwhile True: pass", "--background"))
+    nb.ok("job = _")
+    assert nb.value("job.cancel()") is True
+    assert nb.run("job.result(60)").ename == "KeyboardInterrupt"
+    assert nb.value("job.cancel()") is False
+
+
+@pytest.mark.parametrize(
+    ("line", "fragment"),
+    [
+        ("--nope", "unrecognized arguments: --nope"),
+        ("--timeout soon", "'soon'"),
+        ("-o", "expected one argument"),
+        ("--keep 'x", "No closing quotation"),
+        ("--worker elsewhere", "No worker is called 'elsewhere'"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_runs(nb: Notebook, line: str, fragment: str) -> None:
+    cell = nb.run(remote("ran = True", line))
+    assert cell.ename == "MagicError"
+    assert fragment in cell.evalue
+    assert nb.value("'ran' in globals()") is False
+
+
+# -------------------------------------------------------------------------------------------------------- verbs
+
+
+def test_help_names_every_option_and_verb(nb: Notebook) -> None:
+    text = nb.ok("%remote help").stdout
+    for word in ("--worker", "-i", "-o", "--keep", "--timeout", "--background", "--quiet"):
+        assert word in text
+    for verb in ("start", "use", "status", "interrupt", "restart", "stop", "logs", "techniques", "help"):
+        assert f"%remote {verb}" in text
+    assert nb.ok("%remote").stdout == text
+
+
+def test_a_second_name_for_workers_start_use_and_status(nb: Notebook) -> None:
+    pid = worker_pid(nb)
+    first = nb.ok("%remote status").stdout.split(":")[0].removeprefix("* ")
+    ready = nb.ok("%remote start --name second --scaledown-window 120")
+    assert f"pid {pid}; stays warm 2 min" in ready.stdout
+    status = nb.ok("%remote status").stdout.splitlines()
+    assert status[0].startswith(f"  {first}: idle, pid {pid}")
+    assert status[1].startswith(f"* second: idle, pid {pid}")
+    nb.ok(f"%remote use {first}")
+    assert nb.ok("%remote status").stdout.startswith(f"* {first}")
+    assert nb.ok(remote("__import__('os').getpid()", "--worker second")).value == pid
+
+
+def test_a_handle_of_another_worker_is_refused(nb: Notebook) -> None:
+    nb.ok("%remote start --name third")
+    nb.ok(remote("theirs = [1]", "--keep theirs"))
+    first = nb.ok("%remote status").stdout.split(":")[0].strip()
+    nb.ok(f"%remote use {first}")
+    cell = nb.run(remote("theirs"))
+    assert cell.ename == "ShipError"
+    assert "'theirs'" in cell.evalue
+
+
+def test_interrupt_stops_background_cells(nb: Notebook) -> None:
+    nb.ok(remote("while True: pass", "--background"))
+    nb.ok("job = _")
+    assert nb.ok("%remote interrupt").stdout == "1 background call stopped.\n"
+    assert nb.run("job.result(60)").ename == "KeyboardInterrupt"
+    assert nb.ok("%remote interrupt").stdout == "0 background calls stopped.\n"
+
+
+def test_techniques_lists_the_packages_own_and_a_folders(nb: Notebook, tmp_path: Path) -> None:
+    assert "logit_lens(model" in nb.ok("%remote techniques").stdout
+    (tmp_path / "mine.py").write_text('def mine(model, tokenizer, n: int = 3):\n    """Count to n."""\n    return n\n')
+    assert nb.ok(f"%remote techniques {tmp_path}").stdout == "mine(model, tokenizer, n: int=3)\n    Count to n.\n"
+
+
+def test_logs_shows_what_reached_the_workers_own_output(nb: Notebook) -> None:
+    late = "import threading, sys\nt = threading.Thread(target=lambda: (done.wait(60), print('written late')))\nt.start()"
+    nb.ok(remote("import threading\ndone = threading.Event()\n" + late, "--keep done --keep t"))
+    nb.ok(remote("done.set()\nt.join()"))
+    assert "written late" in nb.ok("%remote logs").stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "ename", "fragment"),
+    [
+        ("dance", "MagicError", "expected one of help, interrupt, logs"),
+        ("use", "MagicError", "usage: %remote use NAME"),
+        ("use nobody", "MagicError", "No worker is called 'nobody'"),
+        ("status now", "MagicError", "usage: %remote status"),
+        ("start demo --dtype float1", "SpecError", "'float1'"),
+        ("start demo --backend moon", "SpecError", "'moon'"),
+        ("start demo --quantization {", "MagicError", "--quantization"),
+        ("start demo --bad", "MagicError", "unrecognized arguments: --bad"),
+        ("start demo --min-containers 3", "SpecError", "3"),
+    ],
+)
+def test_a_wrong_line_is_refused_with_what_was_expected(nb: Notebook, line: str, ename: str, fragment: str) -> None:
+    cell = nb.run(f"%remote {line}")
+    assert cell.ename == ename
+    assert fragment in cell.evalue
+    assert nb.ok(remote("1 + 1")).value == 2
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("cell", "line", "text"),
+    [
+        ("%%remote\n1/0", 2, "1/0"),
+        ("%%remote\n\n\nx = 1\n\n1/0", 6, "1/0"),
+        ("\n\n%%remote --quiet\n\n1/0", 5, "1/0"),
+        ("%%time\n%%remote\nx = 1\n1/0", 4, "1/0"),
+        ("%%capture out\n\n%%remote\n\n1/0", 5, "1/0"),
+        ("%%remote\nx = [\n  1,\n]\n1/0", 5, "1/0"),
+        ("%%remote\n!echo \\\n  hi\n1/0", 4, "1/0"),
+        ("%%remote\ndef inner():\n    return 1/0\n\ninner()", 3, "    return 1/0"),
+    ],
+)
+def test_an_error_has_its_name_and_the_cells_own_line(nb: Notebook, cell: str, line: int, text: str) -> None:
+    ran = nb.run(cell)
+    assert (ran.ename, ran.evalue) == ("ZeroDivisionError", "division by zero")
+    assert f"----> {line} {text}" in ran.traceback
+    # IPython runs what stands under %%capture as a cell of the next number, its own errors say the same.
+    number = ran.reply["execution_count"] + cell.startswith("%%capture")
+    assert f"Cell In[{number}], line {line}" in ran.traceback
+    assert "interp_kernel/" not in ran.traceback
+
+
+def test_lines_of_functions_from_other_cells_are_shown(nb: Notebook) -> None:
+    here = nb.ok("# a local cell\ndef local_part(x):\n    return 1 / x").reply["execution_count"]
+    there = nb.ok(remote("def remote_part(x):\n\n    return local_part(x)")).reply["execution_count"]
+    failed = nb.run(remote("\nremote_part(0)"))
+    rows = failed.traceback
+    assert f"Cell In[{failed.reply['execution_count']}], line 3" in rows
+    assert f"Cell In[{there}], line 4, in remote_part" in rows
+    assert f"Cell In[{here}], line 3, in local_part" in rows
+    assert "----> 3     return 1 / x" in rows
+    assert "----> 4     return local_part(x)" in rows
+
+
+def test_a_remote_function_that_fails_here_shows_its_cell(nb: Notebook) -> None:
+    there = nb.ok(remote("def fails():\n    raise ValueError('here')")).reply["execution_count"]
+    failed = nb.run("fails()")
+    assert (failed.ename, failed.evalue) == ("ValueError", "here")
+    assert f"Cell In[{there}], line 3" in failed.traceback
+    assert "raise ValueError('here')" in failed.traceback
+
+
+def test_chained_exceptions_are_both_told(nb: Notebook) -> None:
+    body = "try:\n    {}['gone']\nexcept KeyError as error:\n    raise RuntimeError('outer') from error"
+    failed = nb.run(remote(body))
+    assert (failed.ename, failed.evalue) == ("RuntimeError", "outer")
+    first, _, second = failed.traceback.partition("direct cause of the following exception")
+    assert "KeyError: 'gone'" in first
+    assert "----> 3" in first
+    assert "RuntimeError: outer" in second
+    assert "----> 5" in second
+
+
+def test_an_exception_of_the_cells_own_class_keeps_its_name(nb: Notebook) -> None:
+    failed = nb.run(remote("class OddError(ValueError):\n    def __str__(self): return 'odd ' + str(self.args[0])\nraise OddError(7)"))
+    assert (failed.ename, failed.evalue) == ("OddError", "odd 7")
+
+
+@pytest.mark.parametrize(
+    ("body", "ename", "fragment"),
+    [
+        ("import sys\nsys.exit(3)", "SystemExit", "3"),
+        ("input('name? ')", "EOFError", "'name? '"),
+        ("def f(n): return f(n + 1)\nf(0)", "RecursionError", "recursion"),
+        ("import no_such_module_9", "ModuleNotFoundError", "no_such_module_9"),
+        ("raise KeyboardInterrupt('own')", "KeyboardInterrupt", "own"),
+    ],
+)
+def test_what_would_end_or_stall_a_process_is_an_ordinary_error(
+    nb: Notebook, body: str, ename: str, fragment: str
+) -> None:
+    failed = nb.run(remote(body))
+    assert failed.ename == ename
+    assert fragment in failed.evalue
+    assert len(failed.traceback) < 5_000
+    assert nb.ok(remote("6 * 7")).value == 42
+
+
+@pytest.mark.parametrize(
+    ("cell", "line"),
+    [("%%remote\nx = 1\n1 +", 3), ("%%time\n%%remote\n\nreturn 3", 4), ("%%remote\n%%time\n1", 2)],
+)
+def test_a_syntax_error_needs_no_worker_and_names_its_line(cell: str, line: int, tmp_path: Path) -> None:
+    with notebook(tmp_path, INTERP_MODEL=str(tmp_path / "nowhere")) as kernel:
+        failed = kernel.run(cell)
+        assert failed.ename == "SyntaxError"
+        assert f"line {line}" in failed.traceback
+        assert kernel.ok("%remote status").stdout.startswith("No worker yet")
+
+
+# ------------------------------------------------------------------------------------------------------ modules
+
+
+def test_a_module_beside_the_notebook_is_shipped_and_follows_edits(nb: Notebook) -> None:
+    nb.ok("from pathlib import Path\nPath('beside.py').write_text('VALUE = 1\\ndef f():\\n    return VALUE / 0')")
+    assert nb.ok(remote("import beside\nbeside.VALUE")).value == 1
+    failed = nb.run(remote("import beside\nbeside.f()"))
+    assert failed.ename == "ZeroDivisionError"
+    assert "beside.py:3" in failed.traceback
+    nb.ok("Path('beside.py').write_text('VALUE = 2')")
+    assert nb.ok(remote("from beside import VALUE\nVALUE")).value == 2
+    assert nb.ok(remote("beside.VALUE")).value == 2
+
+
+def test_a_package_with_relative_imports_is_shipped(nb: Notebook) -> None:
+    files = {"__init__.py": "from .one import one", "one.py": "from . import two\ndef one(): return two.TWO - 1", "two.py": "TWO = 2"}
+    nb.ok(f"import os\nos.makedirs('bundle', exist_ok=True)\nfor n, t in {files!r}.items(): open(f'bundle/{{n}}', 'w').write(t)")
+    use = remote("from bundle import one as first\nfrom bundle.two import TWO\nfirst(), TWO")
+    assert nb.ok(use).value == (1, 2)
+    assert nb.ok(remote("'bundle' in __import__('sys').modules")).value is False
+    assert nb.ok(use).value == (1, 2)
+    nb.ok("open('bundle/two.py', 'w').write('TWO = 30')")
+    assert nb.ok(remote("import bundle\nbundle.one()")).value == 29
+    assert nb.value("first()") == 29
