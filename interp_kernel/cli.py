@@ -168,8 +168,14 @@ def _describe(findings: Any) -> list[str]:
     if not isinstance(findings, dict):
         return [] if findings is None else str(findings).splitlines()
     width = max(map(len, findings), default=0)
-    shown = {name: value if isinstance(value, str) else json.dumps(value) for name, value in findings.items()}
-    return [f"{name.replace('_', ' '):<{width}}  {text}" for name, text in shown.items()]
+    return [f"{name.replace('_', ' '):<{width}}  {_in_words(value)}" for name, value in findings.items()]
+
+
+def _in_words(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    parts = {name.replace("_", " "): f'"{part}"' if isinstance(part, str) else part for name, part in value.items()}
+    return ", ".join(f"{name} {part}" for name, part in parts.items())
 
 
 def _quiet_papermill() -> None:

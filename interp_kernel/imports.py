@@ -1,9 +1,12 @@
-"""Which modules a syntax tree imports: found by reading, nothing is imported."""
+"""Which modules code imports: found by reading, nothing is imported."""
 
 from __future__ import annotations
 
 import ast
+import dis
+import types
 from collections.abc import Iterator
+from functools import lru_cache
 
 
 def imported_modules(tree: ast.AST, package: str = "") -> tuple[str, ...]:
@@ -21,6 +24,21 @@ def imported_modules(tree: ast.AST, package: str = "") -> tuple[str, ...]:
         Each name once.
     """
     return tuple(dict.fromkeys(name for node in ast.walk(tree) for name in _imported_by(node, package)))
+
+
+@lru_cache(maxsize=1024)
+def imported_by_code(code: types.CodeType) -> frozenset[str]:
+    """The same for compiled code and the code inside it: functions that travel as bytecode import in their bodies."""
+    found: set[str] = set()
+    module = ""
+    for step in dis.get_instructions(code):
+        if step.opname == "IMPORT_NAME":
+            module = step.argval
+            found.add(module)
+        elif step.opname == "IMPORT_FROM":
+            found.add(f"{module}.{step.argval}")
+    inner = [imported_by_code(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return frozenset(found.union(*inner))
 
 
 def _imported_by(node: ast.AST, package: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand, output_can_be_silenced
@@ -184,7 +185,7 @@ class RemoteMagics(Magics):
         for name in more:
             if name not in space:
                 raise MagicError(f"%%remote -i {name}: the notebook has no variable {name!r}.")
-        reads = [n for n in cell.reads if n in space and n not in hidden and n not in NEVER_READ]
+        reads = [n for n in cell.reads if n in space and n not in NEVER_READ and not same(space, hidden, n)]
         return {name: space[name] for name in (*reads, *more)}
 
     def _assign(self, result: Result) -> None:
@@ -212,7 +213,7 @@ class RemoteMagics(Magics):
     def _warn_of_mutations(self, cell: Cell, screen: Screen) -> None:
         space = self.shell.user_ns
         for name, line in cell.mutations:
-            if name in space and name not in NEVER_READ and type(space[name]) is not RemoteValue:
+            if name in space and name not in NEVER_READ and not isinstance(space[name], RemoteValue | ModuleType):
                 screen.warn(
                     f"line {line} changes {name!r} in place on the worker's copy, which does not come back; "
                     f"assign it ({name} = ...) to bring it back"
@@ -369,6 +370,11 @@ class JobScreen(Screen):
 
 
 # ------------------------------------------------------------------------------------------------ texts
+
+
+def same(space: dict[str, Any], hidden: dict[str, Any], name: str) -> bool:
+    """Whether a name still has the value that IPython gave it."""
+    return name in hidden and hidden[name] is space[name]
 
 
 def split_line(line: str) -> list[str]:

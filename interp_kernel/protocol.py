@@ -30,6 +30,7 @@ from functools import cache
 from typing import Any
 
 from interp_kernel.errors import ShipError
+from interp_kernel.imports import imported_by_code
 
 PROTOCOL = 1
 BLOB_MIN = 1 << 20
@@ -323,9 +324,11 @@ def _pickler_class() -> type[Any]:
             return super().reducer_override(obj)
 
         def note_function(self, function: types.FunctionType) -> None:
-            self.shipment.modules.add(function.__module__ or "__main__")
-            if function.__module__ in (None, "__main__") or function.__name__ == "<lambda>":
-                self.shipment.by_value = True
+            if function.__module__ not in (None, "__main__") and "<" not in function.__qualname__:
+                self.shipment.modules.add(function.__module__)  # it goes by name
+                return
+            self.shipment.by_value = True
+            self.shipment.modules |= imported_by_code(function.__code__)
             if function.__code__.co_filename in linecache.cache:
                 self.shipment.files.add(function.__code__.co_filename)
 

@@ -50,7 +50,7 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     """Find the blocks, the final norm and the unembedding of a decoder-only model, also under a PEFT adapter.
 
     The residual stream starts at the token embedding, so the blocks are the list of `num_hidden_layers` modules that
-    lies beside it, and the final norm is the last norm beside them that is not the embedding's own.
+    lies beside it, and the final norm is the last norm beside them: the embedding may have one of its own before.
 
     Raises:
         UnsupportedModelError: The model is no decoder with a language-model head, or is built in another way.
@@ -79,7 +79,7 @@ def _blocks(children: dict[str, nn.Module], n_layers: int) -> nn.ModuleList | No
 def _final_norm(children: dict[str, nn.Module]) -> nn.Module | None:
     # The attribute's name counts too: PEFT may have wrapped the norm in a class that is not called one.
     named = {name: f"{name} {type(child).__name__}".lower() for name, child in children.items()}
-    norms = [name for name, text in named.items() if ("norm" in text or "ln_" in text) and "emb" not in name]
+    norms = [name for name, text in named.items() if "norm" in text or "ln_" in text]
     return children[norms[-1]] if norms else None
 
 

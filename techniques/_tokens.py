@@ -121,12 +121,16 @@ def single_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
         ValueError: The text is not exactly one token; the message shows its pieces.
     """
     pieces = tokenizer.tokenize(text)
-    if len(pieces) != 1:
-        raise ValueError(
-            f"The target {text!r} is {len(pieces)} tokens, {pieces}; expected one. "
-            "Check its leading space, or choose the piece in which the answers differ."
-        )
-    return cast(int, tokenizer.convert_tokens_to_ids(pieces[0]))
+    # SentencePiece puts a space before every text, so there " Paris" is what "Paris" alone becomes.
+    for found in (pieces, tokenizer.tokenize(text.removeprefix(" "))):
+        if len(found) == 1:
+            token_id = cast(int, tokenizer.convert_tokens_to_ids(found[0]))
+            if found is pieces or token_text(tokenizer, token_id) == text:
+                return token_id
+    raise ValueError(
+        f"The target {text!r} is {len(pieces)} tokens, {pieces}; expected one. "
+        "Check its leading space, or choose the piece in which the answers differ."
+    )
 
 
 def check_top_k(top_k: int, d_vocab: int) -> None:

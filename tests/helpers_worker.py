@@ -17,6 +17,7 @@ from interp_kernel.protocol import Head, Packed
 from interp_kernel.session import Result, Session
 from interp_kernel.spec import WorkerSpec
 
+Connect = Callable[..., Session]
 DEMO = os.environ.get("INTERP_TEST_MODEL", "demo")
 
 

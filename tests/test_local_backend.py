@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers_worker import DEMO, open_session, run_cell, tiny_model
+from helpers_worker import DEMO, Connect, run_cell, sessions, tiny_model
 
 from interp_kernel.backends import local
 from interp_kernel.backends.local import (
@@ -41,6 +41,12 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason="Only root can act as anot
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> WorkerSpec:
     """A worker of this module's own, which its tests end."""
     return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    with sessions() as connect:
+        yield connect
 
 
 @pytest.fixture
@@ -143,10 +149,9 @@ def test_a_worker_of_another_protocol_is_refused(fake: Callable[..., LocalBacken
         b"\0\0\0\1" + (2).to_bytes(8, "big") + b"[]",
         b"\0\0\0\1" + (4).to_bytes(8, "big") + b"\xff\xfe\0\1",
         Packed({"event": "reply", "value": [1]}).encode(),
-        Packed({"event": "reply", "value": {"protocol": PROTOCOL}}).encode(),
         Packed({"blobs": [[0, 5, 0, None]]}).encode(),
     ],
-    ids=["http", "no frames", "no json", "a list", "no text", "no hello", "half a hello", "blob without a file"],
+    ids=["http", "no frames", "no json", "a list", "no text", "no hello", "blob without a file"],
 )
 def test_garbage_is_refused(
     garbage: bytes, fake: Callable[..., LocalBackend], monkeypatch: pytest.MonkeyPatch
@@ -187,11 +192,11 @@ def test_another_users_process_on_the_socket_is_refused_and_told_nothing(runtime
 
 
 def test_another_python_takes_cells_and_refuses_bytecode(
-    fake: Callable[..., LocalBackend], monkeypatch: pytest.MonkeyPatch, runtime: Path
+    fake: Callable[..., LocalBackend], monkeypatch: pytest.MonkeyPatch, connect: Connect
 ) -> None:
     with monkeypatch.context() as outside:
         outside.setenv("INTERP_RUNTIME_DIR", str(RUN))
-        real = open_session()
+        connect()
         address = str(socket_path(LocalBackend(WorkerSpec(model_name=DEMO)).folder))
 
     def pump(source: Channel, target: Channel, change: Callable[[Head], Head]) -> None:
@@ -219,7 +224,6 @@ def test_another_python_takes_cells_and_refuses_bytecode(
     with pytest.raises(ShipError, match=r"as bytecode, which Python 3\.9 on the worker does not share with 3\.1"):
         run_cell(session, "x()", x=lambda: 1)
     session.close()
-    real.close()
 
 
 RUN = Path(os.environ["INTERP_RUNTIME_DIR"])
@@ -238,7 +242,7 @@ def script(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def test_two_starts_that_race_find_one_worker_in_a_session_of_its_own(tiny: WorkerSpec) -> None:
+def test_two_starts_that_race_find_one_worker_in_a_session_of_its_own(tiny: WorkerSpec, connect: Connect) -> None:
     folder = LocalBackend(tiny).folder
     with socket.socket(socket.AF_UNIX) as crashed:  # what a crash leaves behind: nobody listens there
         crashed.bind(str(socket_path(folder)))
@@ -255,7 +259,7 @@ def test_two_starts_that_race_find_one_worker_in_a_session_of_its_own(tiny: Work
         os.killpg(process.pid, signal.SIGKILL)
         with process:
             pass
-    session = open_session(tiny)
+    session = connect(tiny)
     assert session.hello["pid"] == pid
     assert os.getsid(pid) not in (os.getsid(0), pair[0].pid, pair[1].pid)
     assert run_cell(session, "v = 1")["v"] == 1
@@ -275,8 +279,8 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("end", ENDINGS)
-def test_a_death_says_why_names_what_is_lost_and_the_next_call_recovers(end: str, tiny: WorkerSpec) -> None:
-    session = open_session(tiny)
+def test_a_death_says_why_names_what_is_lost_and_the_next_call_recovers(end: str, tiny: WorkerSpec, connect: Connect) -> None:
+    session = connect(tiny)
     kept = run_cell(session, "activations = model.transformer.wte.weight", head={"keep": ["activations"]})["activations"]
     with pytest.raises(WorkerDiedError, match=f"(?s)died during this call: {ENDINGS[end]}.*Lost with it: activations"):
         run_cell(session, f"import ctypes, os\n{end}")
@@ -293,8 +297,8 @@ def local_lost() -> type[Exception]:
     return LostValueError
 
 
-def test_stop_says_what_was_lost_and_the_exit_file_why(tiny: WorkerSpec) -> None:
-    session = open_session(tiny)
+def test_stop_says_what_was_lost_and_the_exit_file_why(tiny: WorkerSpec, connect: Connect) -> None:
+    session = connect(tiny)
     pid = session.hello["pid"]
     held = run_cell(session, "big = [1]", head={"keep": ["big"]})["big"]
     assert session.stop("because of the test") == " Lost with it: big."
@@ -306,13 +310,13 @@ def test_stop_says_what_was_lost_and_the_exit_file_why(tiny: WorkerSpec) -> None
     assert (worker.state, worker.exit_reason, worker.pid) == ("dead", "because of the test", None)
 
 
-def test_an_exit_file_of_an_earlier_process_with_the_same_id_is_not_believed(tiny: WorkerSpec) -> None:
+def test_an_exit_file_of_an_earlier_process_with_the_same_id_is_not_believed(tiny: WorkerSpec, connect: Connect) -> None:
     folder = LocalBackend(tiny).folder
     now = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
     stale = [folder / f"exit-{pid}.json" for pid in range(int(now.stdout), int(now.stdout) + 3000)]
     for path in stale:
         path.write_text('{"reason": "an end of long ago", "time": 0}')
-    session = open_session(tiny)
+    session = connect(tiny)
     assert folder / f"exit-{session.hello['pid']}.json" in stale, "the process id is out of the range that was prepared"
     assert session.backend.why_ended(session.hello["pid"]) is None
     session.stop()
@@ -321,8 +325,8 @@ def test_an_exit_file_of_an_earlier_process_with_the_same_id_is_not_believed(tin
         path.unlink(missing_ok=True)
 
 
-def test_an_idle_worker_ends_and_the_next_call_says_so(tiny: WorkerSpec) -> None:
-    session = open_session(tiny, scaledown_window=1)
+def test_an_idle_worker_ends_and_the_next_call_says_so(tiny: WorkerSpec, connect: Connect) -> None:
+    session = connect(tiny, scaledown_window=1)
     pid = session.hello["pid"]
     lost = run_cell(session, "big = [1]", head={"keep": ["big"]})["big"]
     wait_for_end(pid)
@@ -341,9 +345,9 @@ def wait_for_end(pid: int) -> None:
     assert not process_exists(pid)
 
 
-def test_a_worker_stays_while_it_is_wanted(tiny: WorkerSpec) -> None:
+def test_a_worker_stays_while_it_is_wanted(tiny: WorkerSpec, connect: Connect) -> None:
     """min_containers=1 or a connection that holds keep it beyond its window; without them it ends."""
-    session = open_session(tiny, scaledown_window=0.2)
+    session = connect(tiny, scaledown_window=0.2)
     pid = session.hello["pid"]
     session.ask({"verb": "hold"})
     assert session.ask({"verb": "settings", "scaledown_window": 0.2, "min_containers": 0}) is None
@@ -374,8 +378,8 @@ def test_a_load_that_fails_is_a_clear_error_and_leaves_no_process(kind: str, tmp
     shutil.rmtree(LocalBackend(spec).folder)
 
 
-def test_workers_are_found_by_the_start_of_their_key(tiny: WorkerSpec) -> None:
-    session = open_session(tiny)
+def test_workers_are_found_by_the_start_of_their_key(tiny: WorkerSpec, connect: Connect) -> None:
+    session = connect(tiny)
     pid = session.hello["pid"]
     worker = next(w for w in list_workers() if w.key == tiny.key)
     assert (worker.state, worker.pid, worker.clients) == ("idle", pid, 1)

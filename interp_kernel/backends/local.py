@@ -147,9 +147,7 @@ class LocalLink:
         self._channel = Channel(sock)
         try:
             self._check_peer()
-            self.send(Packed({"verb": "hello", "client": client}))
-            message = self.receive(HELLO_S)
-            self.hello: Head = self._check_hello(message)
+            self.hello: Head = self._say_hello(client)
         except BaseException:
             self.close()
             raise
@@ -182,15 +180,24 @@ class LocalLink:
                 "Nothing was sent to it. Remove the socket, or set INTERP_RUNTIME_DIR to a folder of your own."
             )
 
-    def _check_hello(self, message: Message | None) -> Head:
+    def _say_hello(self, client: str) -> Head:
+        self.send(Packed({"verb": "hello", "client": client}))
+        try:
+            message = self.receive(HELLO_S)
+            hello: Head = {} if message is None else message[0]["value"]
+            theirs = hello.get("protocol")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise WorkerRefusedError(
+                f"The process on {self._channel.sock.getpeername()} does not answer as a worker does. "
+                "Stop it: interp-kernel worker stop."
+            ) from None
         if message is None:
             raise WorkerRefusedError(
                 f"The worker did not answer within {HELLO_S:g} s. Stop it: interp-kernel worker stop."
             )
-        hello: Head = message[0].get("value") or {}
-        if hello.get("protocol") != PROTOCOL:
+        if theirs != PROTOCOL:
             raise WorkerRefusedError(
-                f"The worker speaks protocol {hello.get('protocol')!r} and this notebook {PROTOCOL}: it was started by "
+                f"The worker speaks protocol {theirs!r} and this notebook {PROTOCOL}: it was started by "
                 "another version of interp-kernel. Stop it (`interp-kernel worker stop`) and run the cell again."
             )
         return hello

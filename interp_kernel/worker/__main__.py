@@ -47,6 +47,7 @@ def work(folder: Path, ready_fd: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: service.stop("it was stopped"))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     settings = json.loads((folder / "spec.json").read_text())
+    (folder / f"exit-{os.getpid()}.json").unlink(missing_ok=True)  # of an earlier process that had the same id
     spec = WorkerSpec.from_json(settings["spec"])
     service = Service(spec, folder, settings["scaledown_window"], settings["min_containers"])
     serve_forever(service, listen(Path(settings["socket"])))

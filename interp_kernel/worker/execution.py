@@ -76,12 +76,13 @@ class Runner:
     # ------------------------------------------------------------------------------------------ run
 
     def _execute(self, call: Call, outcome: Outcome) -> None:
-        modules.install({m["name"]: modules.ShippedModule.from_wire(m) for m in call.head.get("modules", ())})
+        kind = call.head["kind"]
+        if kind != "fetch":  # a value's class may be of the modules that the call before had
+            modules.install({m["name"]: modules.ShippedModule.from_wire(m) for m in call.head.get("modules", ())})
         enter_folder(call.head.get("folder"))
         for filename, (text, _) in call.head.get("files", {}).items():
             linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
         inputs: Any = loads(call.frames, self._resolve) if call.frames else None
-        kind = call.head["kind"]
         if kind == "cell":
             self._run_cell(call.head["cell"], inputs, outcome)
         elif kind == "fetch":
@@ -308,12 +309,31 @@ def enter_folder(folder: str | None) -> None:
         os.chdir(folder)
 
 
-def _run_coroutine(coroutine: Any) -> Any:
-    loop = asyncio.new_event_loop()
-    try:
-        return loop.run_until_complete(coroutine)
-    finally:
-        loop.close()
+def _run_coroutine(coroutine: types.CoroutineType[Any, Any, Any]) -> Any:
+    """Run it to its end. What it raises has its own frames only, not the event loop's."""
+    code = coroutine.cr_code
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        task = loop.create_task(coroutine)
+        try:
+            return loop.run_until_complete(task)
+        except BaseException as error:
+            tb = error.__traceback__
+            if not task.done():  # stopped while it waited: let it clean up, and tell where it was
+                task.cancel()
+                try:
+                    loop.run_until_complete(task)
+                except asyncio.CancelledError as cancelled:
+                    tb = cancelled.__traceback__
+            raise error.with_traceback(_from_code(tb, code)) from error.__cause__
+
+
+def _from_code(tb: types.TracebackType | None, code: types.CodeType) -> types.TracebackType | None:
+    """The part of a traceback that begins in `code`; all of it if the code is not in it."""
+    part = tb
+    while part is not None and part.tb_frame.f_code is not code:
+        part = part.tb_next
+    return part or tb
 
 
 def _display(*values: Any, **options: Any) -> Any:

@@ -547,24 +547,14 @@ def _assemble(
         room = max_length - len(head)
         if room <= special:
             raise _no_room(max_length)
-    made = ordinary.prepare_for_model(
-        ids,
-        pair,
-        add_special_tokens=add_special_tokens,
-        truncation=truncation.value,
-        max_length=room,
-        return_attention_mask=False,
-        **options,
-    )
+    options |= {"add_special_tokens": add_special_tokens, "truncation": truncation.value, "max_length": room}
+    made = ordinary.prepare_for_model(ids, pair, return_attention_mask=False, **options)
     if return_tensors:
         # As transformers does: what overflowed has another length and can't be part of a tensor.
         for name in ("overflowing_tokens", "num_truncated_tokens"):
             made.pop(name, None)
     at = ordinary.build_inputs_with_special_tokens([-1]).index(-1) if add_special_tokens else 0
-    filler = {"input_ids": head, "token_type_ids": [0] * len(head), "special_tokens_mask": [1] * len(head)}
-    data = {
-        name: [*made[name][:at], *filler[name], *made[name][at:]] if name in filler else made[name] for name in made
-    }
+    data = _insert(made, head, at)
     padded = ordinary.pad(
         data,
         padding=padding,
@@ -576,3 +566,10 @@ def _assemble(
     if return_length:
         padded["length"] = len(padded["input_ids"])
     return BatchEncoding(padded, tensor_type=return_tensors, prepend_batch_axis=prepend_batch_axis)
+
+
+def _insert(made: Mapping[str, Any], head: list[int], at: int) -> dict[str, Any]:
+    filler = {"input_ids": head, "token_type_ids": [0] * len(head), "special_tokens_mask": [1] * len(head)}
+    return {
+        name: [*values[:at], *filler[name], *values[at:]] if name in filler else values for name, values in made.items()
+    }

@@ -53,18 +53,17 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where from_pretrained finds something: a folder, or a name on the hub at a commit."""
+    """Where from_pretrained finds something: a folder, which may be the cache's, or a name on the hub."""
 
     where: str
     revision: str | None = None
     commit: str | None = None
-    offline: bool = False
     files: frozenset[str] = field(default_factory=frozenset)
 
     @property
     def options(self) -> dict[str, Any]:
         # By name, not by commit: only then does the cache note what the name means, which a later start offline needs.
-        return {"revision": self.revision or "main", "local_files_only": self.offline}
+        return {"revision": self.revision or "main"}
 
 
 def load(spec: WorkerSpec, progress: Progress) -> Loaded:
@@ -203,7 +202,8 @@ def _find_in_cache(name: str, revision: str | None) -> _Source | None:
         if isinstance(path, str):
             folder = Path(path).parent
             files = frozenset(entry.name for entry in folder.iterdir())
-            return _Source(name, revision, folder.name, offline=True, files=files)
+            # As a folder, because transformers asks the hub for some files even if told local_files_only.
+            return _Source(str(folder), commit=folder.name, files=files)
     return None
 
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging as hf_logging
 
 from techniques.generate_text import generate_text
 
 PROMPTS = ["the cat sat on a mat", "a dog", "the"]
+
+
+@pytest.fixture
+def warnings_of_transformers(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Its log does not propagate and says some things once per process, which would hide them from a test."""
+    hf_logging.warning_once.cache_clear()
+    hf_logging.enable_propagation()
+    yield caplog
+    hf_logging.disable_propagation()
 
 
 @torch.inference_mode()
@@ -31,6 +42,19 @@ def test_a_batch_continues_each_prompt_as_if_alone(architecture: str, make_model
         assert completion["token_ids"] == expected
         assert completion["text"] == tokenizer.decode(expected)
         assert completion["finished"] is False
+
+
+def test_rows_that_end_early_raise_no_false_alarm(
+    make_model: Any, tokenizer: Any, warnings_of_transformers: Any
+) -> None:
+    model = make_model("gpt2")
+    (end, *_), *_ = [greedy(model, tokenizer(prompt)["input_ids"], 1) for prompt in PROMPTS]
+    model.config.eos_token_id = model.config.pad_token_id = model.generation_config.eos_token_id = end
+    result = generate_text(model, tokenizer, PROMPTS[0], max_new_tokens=4)
+    assert result["completions"][0]["finished"]
+    sampled = generate_text(model, tokenizer, [PROMPTS[0]] * 8, max_new_tokens=4, temperature=3.0)
+    assert len({completion["finished"] for completion in sampled["completions"]}) == 2
+    assert not warnings_of_transformers.records
 
 
 def test_half_precision_batch(make_model: Any, tokenizer: Any) -> None:
@@ -68,12 +92,14 @@ def test_sampling_follows_the_softmax_whatever_the_checkpoint_prefers(make_model
     assert ((seen - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt() + 1e-4).all()
 
 
-def test_greedy_ignores_the_checkpoint_s_penalties(make_model: Any, tokenizer: Any, caplog: Any) -> None:
+def test_greedy_ignores_the_checkpoint_s_penalties(
+    make_model: Any, tokenizer: Any, warnings_of_transformers: Any
+) -> None:
     model = make_model("llama")
     expected = greedy(model, tokenizer(PROMPTS[0])["input_ids"], 5)
     model.generation_config.update(do_sample=True, top_k=3, top_p=0.5, temperature=0.6, repetition_penalty=9.0)
     assert generate_text(model, tokenizer, PROMPTS[0], max_new_tokens=5)["completions"][0]["token_ids"] == expected
-    assert not caplog.records
+    assert not warnings_of_transformers.records
 
 
 def test_the_seed_decides_and_the_process_s_random_state_stays(make_model: Any, tokenizer: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertLMHeadModel
 
 from techniques._model import UnsupportedModelError, find_decoder, logits_at, record_inputs
 from techniques._tokens import pad
@@ -38,9 +38,19 @@ def test_base_model_without_unembedding_is_refused(make_model: Any) -> None:
 
 
 def test_encoder_decoder_is_refused() -> None:
-    config = T5Config(vocab_size=10, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    config = BartConfig(
+        vocab_size=10,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        forced_eos_token_id=None,
+    )
     with pytest.raises(UnsupportedModelError, match="decoder-only language model was expected"):
-        find_decoder(T5ForConditionalGeneration(config))
+        find_decoder(BartForConditionalGeneration(config))
 
 
 def test_model_of_another_build_is_refused() -> None:

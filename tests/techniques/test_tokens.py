@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from techniques._tokens import check_context, pad, single_token_id, token_text
@@ -17,8 +17,9 @@ MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 def sentencepiece_like() -> Any:
     pieces = [(f"{MARK}the", -1.0), (f"{MARK}cat", -1.0), ("s", -2.0), (MARK, -3.0), ("<unk>", -9.0)]
     backend = Tokenizer(models.Unigram(pieces, unk_id=4))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
+    # As Llama 2: a mark before the text and for every space, and the first space dropped in decoding.
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(MARK), normalizers.Replace(" ", MARK)])
+    backend.decoder = decoders.Sequence([decoders.Replace(MARK, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return cast(Any, PreTrainedTokenizerFast)(tokenizer_object=backend, unk_token="<unk>")
 
 
@@ -47,11 +48,18 @@ def test_byte_level_tokens_are_text_where_they_are_whole_characters() -> None:
 
 def test_single_token_id_needs_one_token() -> None:
     tokenizer = sentencepiece_like()
-    assert single_token_id(tokenizer, "cat") == tokenizer.convert_tokens_to_ids(f"{MARK}cat")
+    cat = tokenizer.convert_tokens_to_ids(f"{MARK}cat")
+    assert len(tokenizer.tokenize(" cat")) == 2
+    assert single_token_id(tokenizer, " cat") == single_token_id(tokenizer, "cat") == cat
     with pytest.raises(ValueError, match=f"is 2 tokens, \\['{MARK}cat', 's'\\]; expected one. Check its leading space"):
         single_token_id(tokenizer, "cats")
     with pytest.raises(ValueError, match="is 0 tokens"):
         single_token_id(tokenizer, "")
+
+
+def test_a_leading_space_is_never_dropped() -> None:
+    with pytest.raises(ValueError, match=r"The target ' a' is 2 tokens"):
+        single_token_id(byte_level(), " a")
 
 
 def test_padding_masks_what_it_fills() -> None:
