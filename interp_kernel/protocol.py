@@ -225,13 +225,14 @@ class Channel:
             os.close(self._fds.popleft())
 
 
-def peer_uid(sock: socket.socket) -> int:
-    """User id of the process at the other end of a Unix socket."""
+def peer(sock: socket.socket) -> tuple[int, int]:
+    """Process id and user id of the process at the other end of a Unix socket."""
     if hasattr(socket, "SO_PEERCRED"):
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        return int(struct.unpack("3i", credentials)[1])
-    SOL_LOCAL, LOCAL_PEERCRED = 0, 1  # noqa: N806 - macOS' names; struct xucred: version, uid, ...
-    return int(struct.unpack_from("2I", sock.getsockopt(SOL_LOCAL, LOCAL_PEERCRED, 76))[1])
+        pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        return pid, uid
+    SOL_LOCAL, LOCAL_PEERCRED, LOCAL_PEERPID = 0, 1, 2  # noqa: N806 - macOS' names; struct xucred: version, uid, ...
+    _, uid = struct.unpack_from("2I", sock.getsockopt(SOL_LOCAL, LOCAL_PEERCRED, 76))
+    return sock.getsockopt(SOL_LOCAL, LOCAL_PEERPID), uid
 
 
 # ------------------------------------------------------------------------------------------------- values

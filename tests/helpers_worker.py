@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,11 +150,20 @@ class RecordingBackend(LocalBackend):
                 pass  # it was closed before
 
 
-def open_session(spec: WorkerSpec | None = None, **options: Any) -> Session:
-    """A new client of the shared demo worker, or of another one."""
-    session = Session(RecordingBackend(spec or WorkerSpec(model_name=DEMO), **options))
-    session.connect()
-    return session
+@contextmanager
+def sessions() -> Iterator[Connect]:
+    """Opens clients of the shared demo worker, or of another one, and closes them at the end."""
+    opened: list[Session] = []
+
+    def connect(spec: WorkerSpec | None = None, **options: Any) -> Session:
+        session = Session(RecordingBackend(spec or WorkerSpec(model_name=DEMO), **options))
+        opened.append(session)
+        session.connect()
+        return session
+
+    yield connect
+    for session in opened:
+        session.close()
 
 
 def backend_of(session: Session) -> RecordingBackend:
@@ -168,7 +178,7 @@ def tiny_model(folder: Path, *, n_layer: int = 1) -> WorkerSpec:
 
     from interp_kernel import demo_model
 
-    source = demo_model.path() if DEMO == "demo" else DEMO
+    source = demo_model.path() if DEMO == "demo" else Path(DEMO)
     tokenizer = AutoTokenizer.from_pretrained(source)
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=n_layer, n_head=2)

@@ -29,7 +29,7 @@ from interp_kernel.protocol import (
     content_digest,
     dumps,
     loads,
-    peer_uid,
+    peer,
 )
 
 
@@ -104,10 +104,10 @@ def test_messages_with_and_without_large_frames_stay_apart() -> None:
             assert [bytes(frame) for frame in BlobStore().frames(head, inline, file)] == frames
 
 
-def test_peer_uid_is_that_of_the_other_process() -> None:
+def test_the_peer_is_the_process_at_the_other_end() -> None:
     left, right = socket.socketpair()
     with left, right:
-        assert peer_uid(left) == os.getuid()
+        assert peer(left) == (os.getpid(), os.getuid())
 
 
 # ------------------------------------------------------------------------------------------------ blobs

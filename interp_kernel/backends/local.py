@@ -28,7 +28,7 @@ from pathlib import Path
 
 from interp_kernel.backends import Message
 from interp_kernel.errors import WorkerError, WorkerRefusedError
-from interp_kernel.protocol import PROTOCOL, Channel, Head, Packed, peer_uid
+from interp_kernel.protocol import PROTOCOL, Channel, Head, Packed, peer
 from interp_kernel.spec import WorkerSpec
 
 SOCKET_PATH_LIMIT = 100  # bytes; the system's own limit is 108 on Linux and 104 on macOS
@@ -173,7 +173,7 @@ class LocalLink:
         self._channel.close()
 
     def _check_peer(self) -> None:
-        uid = peer_uid(self._channel.sock)
+        _, uid = peer(self._channel.sock)
         if uid != os.getuid():
             raise WorkerRefusedError(
                 f"The process on {self._channel.sock.getpeername()} belongs to user {uid}, not to you ({os.getuid()}). "
@@ -278,7 +278,7 @@ class WorkerStatus:
 
     key: str
     model_name: str
-    state: str  # loading, idle, busy or dead
+    state: str  # loading, idle, busy, dead, or unknown: something is there that does not speak this protocol
     folder: Path
     pid: int | None = None
     started: float | None = None  # seconds since the epoch
@@ -296,7 +296,10 @@ def worker_status(folder: Path) -> WorkerStatus:
     """Ask the worker of one folder how it is."""
     settings = read_json(folder / "spec.json")
     spec = WorkerSpec.from_json(settings.get("spec", {}))
-    link = LocalBackend(spec).attach("interp-cli")
+    try:
+        link = LocalBackend(spec).attach("interp-cli")
+    except WorkerRefusedError as refusal:
+        return WorkerStatus(folder.name, spec.model_name, "unknown", folder, listener(folder), exit_reason=str(refusal))
     if link is None:
         notes = sorted(folder.glob("exit-*.json"), key=lambda path: path.stat().st_mtime)
         reason = read_json(notes[-1]).get("reason") if notes else None
@@ -307,6 +310,14 @@ def worker_status(folder: Path) -> WorkerStatus:
     clients = hello["clients"] - 1  # without this question itself
     memory = resident_bytes(hello["pid"])
     return WorkerStatus(folder.name, spec.model_name, hello["state"], folder, hello["pid"], started, clients, memory)
+
+
+def listener(folder: Path) -> int | None:
+    """Id of the process that listens in a folder, if it is this user's, whatever protocol it speaks."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(socket_path(folder)))
+        pid, uid = peer(sock)
+    return pid if uid == os.getuid() else None
 
 
 def stop_worker(key: str, timeout_s: float = 10.0) -> None:

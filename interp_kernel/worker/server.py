@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from interp_kernel.protocol import BlobFile, Channel, Head, Packed, peer_uid
+from interp_kernel.protocol import BlobFile, Channel, Head, Packed, peer
 from interp_kernel.worker.service import Service
 
 
@@ -33,7 +33,7 @@ def serve_forever(service: Service, sock: socket.socket) -> None:
     def accept() -> None:
         while True:
             connection, _ = sock.accept()
-            if peer_uid(connection) != os.getuid():
+            if peer(connection)[1] != os.getuid():
                 connection.close()
                 continue
             threading.Thread(
