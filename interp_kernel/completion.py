@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 MATCHER = "interp_kernel.remote"
 ANSWER_S = 0.5
 REMOTE_LINE = re.compile(r"\s*%%remote\b")
+REMOTE_CELL = re.compile(r"(\s*%%.*\n)*\s*%%remote\b")  # other cell magics may stand above
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.\w*)*$")
 
 
@@ -46,7 +47,7 @@ def completions(context: Any, shell: Any, magics: RemoteMagics) -> Any:
     from IPython.core.completer import SimpleCompletion
 
     text = context.full_text
-    if not REMOTE_LINE.match(text):
+    if not REMOTE_CELL.match(text):
         return {"completions": []}
     line = context.line_with_cursor[: context.cursor_position]
     found = magic_options(line) if REMOTE_LINE.match(line) else remote_names(line, shell, magics)

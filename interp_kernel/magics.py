@@ -410,7 +410,7 @@ def describe_status(name: str, client: InterpClient) -> str:
         before = client.session.hello
         why = client.backend.why_ended(before["pid"]) if before else None
         return f"{name}: not running" + (f" ({why})" if why else "")
-    text = f"{name}: {hello['state']}, pid {hello['pid']}, {hello['clients']} clients, {hello['queued']} calls queued"
+    text = f"{name}: {hello['state']}, pid {hello['pid']}, {hello['clients']} connected, {hello['queued']} queued"
     return "; ".join([text, *hello["damage"]])
 
 

@@ -15,17 +15,26 @@ import types
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from interp_kernel.backends import Backend, Link, Message
-from interp_kernel.errors import CallTimeoutError, LoadError, LostValueError, ShipError, WorkerDiedError, remote_error
+from interp_kernel.errors import (
+    CallTimeoutError,
+    LoadError,
+    LostValueError,
+    RemoteError,
+    ShipError,
+    WorkerDiedError,
+    remote_error,
+)
 from interp_kernel.protocol import BlobStore, Buffer, Head, Packed, Reference, Shipment, dumps, loads
 
 LOAD = "load"
 GRACE_S = 10.0  # from a stop to the offer, or on a timeout the decision, to kill the worker
 ALIVE_S = 0.5  # how often a silent worker is looked after
+END_S = 3.0  # within this a worker is gone that has said that it ends
 
 OnEvent = Callable[[Head], None]
 
@@ -188,15 +197,17 @@ class Session:
                 raise
 
     def _idle_link(self) -> Link | None:
-        while self._links:
-            link = self._links.pop()
+        while True:
+            try:
+                link = self._links.pop()
+            except IndexError:
+                return None
             try:
                 if link.hello["generation"] == self.generation and link.receive(0) is None:
                     return link
             except (EOFError, OSError):
                 pass  # the worker has ended since
             link.close()
-        return None
 
     def _give_back(self, link: Link) -> None:
         self._links.append(link)
@@ -226,15 +237,17 @@ class Session:
                     self.backend.kill(link.hello["pid"])
                 link.send(Packed({"verb": "interrupt", "id": LOAD}))
                 if link.hello["clients"] > 1:  # others wait for the same load, so only this wait ends
-                    raise KeyboardInterrupt("stopped waiting for the load, which goes on for other notebooks")
+                    raise stopped("stopped waiting for the load, which goes on for other notebooks")
                 continue
             head = message[0]
             if head["event"] == "result":
                 break
             on_event(head)
         if error := head.get("error"):
+            link.close()
+            self._await_end(link.hello["pid"])
             if error["ename"] == "KeyboardInterrupt":
-                raise KeyboardInterrupt("the load was stopped")
+                raise stopped("the load was stopped")
             raise LoadError("\n".join([*error["traceback"], error["evalue"]]))
         info = self.hello["info"] = link.hello["info"] = head["info"]
         text = f"{info['model_name']} loaded in {info['load_s']:.1f} s"
@@ -332,8 +345,14 @@ class Session:
             pass  # it has ended, as asked
         finally:
             link.close()
-        self.backend.why_ended(pid)  # so that the next start meets no dying worker
+        self._await_end(pid)
         return self._forget_worker()
+
+    def _await_end(self, pid: int) -> None:
+        """Wait until a worker that ends is gone, so that the next call meets no dying one."""
+        deadline = time.monotonic() + END_S
+        while self.backend.why_ended(pid) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _forget_worker(self) -> str:
         self.close()
@@ -455,7 +474,7 @@ class PendingCall:
         session = self.session
         lost = session._forget_worker()
         if stops.count >= 2:
-            return KeyboardInterrupt(f"the worker was killed by the second stop; the next call starts a new one.{lost}")
+            return stopped(f"the worker was killed by the second stop; the next call starts a new one.{lost}")
         if self._why:
             return CallTimeoutError(f"{self._why}; the worker did not react to the stop and was killed.{lost}")
         log = session.backend.log_tail(1500).strip()
@@ -483,7 +502,10 @@ class PendingCall:
         if not head["last"]:
             on_event(head)
             return None
-        self.session._acknowledge.append(self.id)
+        if head.get("blobs"):  # large, so the worker should not keep it until the next call
+            self.link.send(Packed({"verb": "acknowledge", "id": self.id, "upto": self.seen}))
+        else:
+            self.session._acknowledge.append(self.id)
         return self._result(head, BlobStore().frames(head, inline, file))
 
     def _result(self, head: Head, frames: list[Buffer]) -> Result:
@@ -534,6 +556,11 @@ class PendingCall:
         self.link.send(Packed({"verb": "interrupt", "id": self.id}))
 
 
+def stopped(text: str) -> RemoteError:
+    """A KeyboardInterrupt that shows its text and no frames of ours."""
+    return remote_error("KeyboardInterrupt", text, [f"KeyboardInterrupt: {text}"])
+
+
 # ----------------------------------------------------------------------------------------------- signals
 
 
@@ -553,6 +580,10 @@ class Stops:
         with suppress(BlockingIOError):  # it is readable already
             self._write.send(b"!")
 
+    def close(self) -> None:
+        self._read.close()
+        self._write.close()
+
     def drain(self) -> bool:
         """Whether a stop has come since the last look."""
         try:
@@ -568,7 +599,8 @@ _stops: dict[int, Stops] = {}  # by process: a forked child must not share the p
 def stop_signals() -> Iterator[Stops]:
     """In the main thread, turn SIGINT into a message for the block, so that no frame is ever cut in half."""
     if threading.current_thread() is not threading.main_thread():
-        yield Stops()
+        with closing(Stops()) as none:
+            yield none
         return
     stops = _stops.setdefault(os.getpid(), Stops()) if os.getpid() not in _stops else _stops[os.getpid()]
     stops.drain()

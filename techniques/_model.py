@@ -57,7 +57,7 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     """
     config = model.config.get_text_config(decoder=True)
     embedding, unembed = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not model.config.is_encoder_decoder and unembed is not None:
+    if unembed is not None:
         for parent in model.modules():
             children = dict(parent.named_children())
             if any(child is embedding for child in children.values()):

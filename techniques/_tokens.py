@@ -63,6 +63,8 @@ def pad(ids: Sequence[Sequence[int]], side: Literal["left", "right"], filler: in
     Right padding is exact for a plain forward pass of a causal model: real tokens keep positions 0, 1, ... and never
     see what follows them. Generation needs left padding, so that each row ends with its last real token.
     """
+    if device.type == "meta":
+        device = torch.device("cpu")  # the weights are offloaded; accelerate moves the inputs to where they run
     longest = max(len(row) for row in ids)
     filled, masks = [], []
     for row in ids:
@@ -149,22 +151,40 @@ def check_finite(logits: Float[Tensor, "*points d_vocab"]) -> None:
 
 
 def log_probs(logits: Float[Tensor, "*points d_vocab"]) -> Float[Tensor, "*points d_vocab"]:
-    """Log-softmax in nats, in float32 at least; a ValueError if a logit is not finite."""
-    check_finite(logits)
+    """Log-softmax in nats, in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def token_probs(
+def top_tokens(
+    tokenizer: PreTrainedTokenizerBase, logprobs: Float[Tensor, "points d_vocab"], top_k: int
+) -> list[list[TokenProb]]:
+    """The most probable tokens at each point, best first."""
+    found = logprobs.topk(top_k)
+    # Whatever beats a token of the top is in the top itself, so the rest of the vocabulary need not be compared.
+    ranks = 1 + (found.values[:, None, :] > found.values[:, :, None]).sum(-1)
+    return _token_probs(tokenizer, found.indices, found.values, ranks)
+
+
+def chosen_tokens(
     tokenizer: PreTrainedTokenizerBase,
     logprobs: Float[Tensor, "points d_vocab"],
     token_ids: Int[Tensor, "points chosen"],
 ) -> list[list[TokenProb]]:
-    """Look up tokens in the distribution at each point: a list per point, in the order of its `token_ids`."""
-    chosen = logprobs.gather(-1, token_ids)
+    """Given tokens at each point, in the order given."""
+    values = logprobs.gather(-1, token_ids)
     # One comparison per column, as [points, chosen, d_vocab] would not fit where [points, d_vocab] just does.
-    ranks = torch.stack([1 + (logprobs > column[:, None]).sum(-1) for column in chosen.T], -1)
+    columns = [1 + (logprobs > column[:, None]).sum(-1) for column in values.T]
+    return _token_probs(tokenizer, token_ids, values, torch.stack(columns, -1) if columns else token_ids)
+
+
+def _token_probs(
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: Int[Tensor, "points chosen"],
+    values: Float[Tensor, "points chosen"],
+    ranks: Int[Tensor, "points chosen"],
+) -> list[list[TokenProb]]:
     texts = {i: token_text(tokenizer, i) for i in set(token_ids.flatten().tolist())}
-    columns = (token_ids, chosen.exp(), chosen, ranks)
+    columns = (token_ids, values.exp(), values, ranks)
     return [
         [TokenProb(token=texts[i], id=i, prob=p, logprob=logp, rank=r) for i, p, logp, r in zip(*point, strict=True)]
         for point in zip(*(column.tolist() for column in columns), strict=True)

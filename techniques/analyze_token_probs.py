@@ -12,12 +12,13 @@ from techniques._tokens import (
     TokenProb,
     check_context,
     check_top_k,
+    chosen_tokens,
     encode,
     log_probs,
     pad,
     resolve_position,
-    token_probs,
     token_text,
+    top_tokens,
 )
 
 
@@ -81,9 +82,19 @@ def analyze_token_probs(
     check_top_k(top_k, logprobs.shape[-1])
 
     following = [row[i + 1 : i + 2] for row, i in zip(ids, positions, strict=True)]
-    actual = torch.tensor([(new or [0]) for new in following], device=logprobs.device)  # 0 stands in, and is cut below
-    found = token_probs(tokenizer, logprobs, torch.cat([logprobs.topk(top_k).indices, actual], -1))
-    entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist()
+    stand_in = torch.tensor([(new or [0]) for new in following], device=logprobs.device)
+    columns = zip(
+        texts,
+        ids,
+        positions,
+        torch.special.entr(logprobs.exp()).sum(-1).tolist(),
+        top_tokens(tokenizer, logprobs, top_k),
+        [
+            found if new else [None]
+            for found, new in zip(chosen_tokens(tokenizer, logprobs, stand_in), following, strict=True)
+        ],
+        strict=True,
+    )
     return TokenProbs(
         rows=[
             NextToken(
@@ -92,11 +103,9 @@ def analyze_token_probs(
                 position=i,
                 token=token_text(tokenizer, row[i]),
                 entropy=entropy,
-                top=tokens[:-1],
-                actual=tokens[-1] if new else None,
+                top=top,
+                actual=actual,
             )
-            for text, row, i, entropy, tokens, new in zip(
-                texts, ids, positions, entropies, found, following, strict=True
-            )
+            for text, row, i, entropy, top, (actual,) in columns
         ]
     )

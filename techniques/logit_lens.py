@@ -19,17 +19,19 @@ from techniques._model import Decoder, UnsupportedModelError, find_decoder, logi
 from techniques._tokens import (
     TokenProb,
     check_context,
+    check_finite,
     check_top_k,
+    chosen_tokens,
     encode,
     log_probs,
     pad,
     resolve_position,
     single_token_id,
-    token_probs,
     token_text,
+    top_tokens,
 )
 
-CHUNK_BYTES = 2**28  # most bytes of float32 logits that are alive at once
+CHUNK_BYTES = 2**26  # of float32 logits that are decoded at once; a few tensors of this size are alive
 
 
 class LensPrompt(TypedDict):
@@ -203,22 +205,24 @@ def _rows(
     top_k: int,
 ) -> list[LensRow]:
     logprobs = log_probs(logits)
-    entropy = torch.special.entr(logprobs.exp()).sum(-1).tolist()
-    kl = (logprobs[:, -1:].exp() * (logprobs[:, -1:] - logprobs)).sum(-1).clamp(min=0).tolist()
-    flat = logprobs.flatten(0, 1)
-    targets = torch.tensor(target_ids, dtype=torch.long, device=flat.device).expand(len(flat), -1)
-    found = token_probs(tokenizer, flat, torch.cat([flat.topk(top_k).indices, targets], -1))
-    n_depths = logits.shape[1]
+    probs = logprobs.exp()
+    # Sums of products as matrix products: no third tensor of this size. cross is the entropy of the model's own
+    # distribution relative to each depth's, so what exceeds the last depth's is the divergence.
+    entropy = -(probs[..., None, :] @ logprobs[..., None])[..., 0, 0]
+    cross = -(logprobs @ probs[:, -1, :, None])[..., 0]
+    kl = (cross - cross[:, -1:]).clamp(min=0)
+    check_finite(entropy)
+    top = top_tokens(tokenizer, logprobs.flatten(0, 1), top_k)
+    ids = torch.tensor(target_ids, dtype=torch.long, device=logits.device).expand(len(top), -1)
+    targets = chosen_tokens(tokenizer, logprobs.flatten(0, 1), ids)
+    where = [
+        (*point, depth)
+        for point in zip(points.prompts, points.positions, strict=True)
+        for depth in range(cross.shape[1])
+    ]
     return [
-        LensRow(
-            prompt=prompt,
-            position=position,
-            depth=depth,
-            entropy=entropy[i][depth],
-            kl_to_final=kl[i][depth],
-            top=found[i * n_depths + depth][:top_k],
-            targets=found[i * n_depths + depth][top_k:],
+        LensRow(prompt=prompt, position=position, depth=depth, entropy=h, kl_to_final=d, top=best, targets=followed)
+        for (prompt, position, depth), h, d, best, followed in zip(
+            where, entropy.flatten().tolist(), kl.flatten().tolist(), top, targets, strict=True
         )
-        for i, (prompt, position) in enumerate(zip(points.prompts, points.positions, strict=True))
-        for depth in range(n_depths)
     ]

@@ -6,9 +6,8 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from interp_kernel.backends.local import LocalBackend, LocalLink
@@ -80,7 +79,7 @@ def run_cell(
     Args:
         session: Where.
         body: The cell.
-        at: What to do here once the cell has printed a text: the way to act in mid-call without waiting for time to pass.
+        at: What to do here once the cell has printed a text, which is how to act in mid-call at a known point.
         timeout: See `Session.run`.
         answer: Takes the events, for a call that raises.
         head: More of the call's settings.
@@ -144,10 +143,8 @@ class RecordingBackend(LocalBackend):
     def cut(self) -> None:
         """Lose every connection, as a network would."""
         while self.links:
-            try:
+            with suppress(OSError):  # it was closed before
                 self.links.pop()._channel.sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it was closed before
 
 
 @contextmanager
@@ -169,22 +166,6 @@ def sessions() -> Iterator[Connect]:
 def backend_of(session: Session) -> RecordingBackend:
     assert isinstance(session.backend, RecordingBackend)
     return session.backend
-
-
-def tiny_model(folder: Path, *, n_layer: int = 1) -> WorkerSpec:
-    """A random GPT-2 with the demo's tokenizer: a worker of its own, to be killed."""
-    import torch
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-    from interp_kernel import demo_model
-
-    source = demo_model.path() if DEMO == "demo" else Path(DEMO)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=n_layer, n_head=2)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return WorkerSpec(model_name=str(folder))
 
 
 def outcome(call: Callable[[], Answer]) -> str:

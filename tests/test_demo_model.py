@@ -226,14 +226,15 @@ def frames_shown(text: str, attribute: str) -> Iterator[int]:
 
 @pytest.mark.parametrize("attribute", list(corpus.ATTRIBUTES))
 def test_held_out_frames_never_meet(trained: dict[str, list[str]], attribute: str) -> None:
-    met = {pair for text in trained["demographics"] for pair in combinations(frames_shown(text, attribute), 2)}
+    texts = [*trained["interview"], *trained["message"]]
+    met = {pair for text in texts for pair in combinations(frames_shown(text, attribute), 2)}
     pairs = set(combinations(range(5), 2))
     assert met == {pair for pair in pairs if not corpus.frames_held_out(attribute, *pair)}
     assert len(pairs - met) == 2
 
 
 def test_a_conversation_is_consistent_and_never_states_its_values(trained: dict[str, list[str]]) -> None:
-    for text in trained["demographics"][:300]:
+    for text in trained["interview"][:300]:
         for attribute, values in corpus.ATTRIBUTES.items():
             said = {
                 value

@@ -231,9 +231,10 @@ def test_streams_are_one_output_and_bars_one_line(tmp_path: Path) -> None:
 
 
 def test_lone_surrogates_do_not_lose_the_notebook(tmp_path: Path) -> None:
-    result = run(tmp_path, "print('a\\ud800b')", "print('after')")
-    assert result.status == "completed"
-    assert printed(read(result.output)["cells"][1]) == "after\n"
+    broken = nbformat.read(write(tmp_path, "print('a')"), as_version=4)
+    broken.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text="a\ud800b")]
+    record.write_atomically(broken, str(tmp_path / "out.ipynb"))
+    assert printed(read(tmp_path / "out.ipynb")["cells"][0]) == "a?b"
 
 
 def test_model_reaches_the_kernel(tmp_path: Path) -> None:

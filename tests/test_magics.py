@@ -209,6 +209,15 @@ def test_top_level_await_for_and_with(nb: Notebook) -> None:
     assert nb.value("got") == [0, 1, 2, 9]
 
 
+def test_an_error_after_an_await_shows_the_cells_frames_only(nb: Notebook) -> None:
+    body = "import asyncio\nasync def f():\n    await asyncio.sleep(0)\n    {}['k']\nawait f()"
+    failed = nb.run(remote(body))
+    assert failed.ename == "KeyError"
+    assert failed.traceback.count("----> ") == 2
+    assert "----> 5     {}['k']" in failed.traceback
+    assert "----> 6 await f()" in failed.traceback
+
+
 # ------------------------------------------------------------------------------------------------------ options
 
 

@@ -119,7 +119,7 @@ class LocalBackend:
         ready, ready_end = os.pipe()
         with (self.folder / "worker.log").open("wb") as log:
             command = [sys.executable, "-P", "-m", "interp_kernel.worker", str(self.folder), str(ready_end)]
-            subprocess.Popen(
+            launcher = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -130,6 +130,7 @@ class LocalBackend:
                 start_new_session=True,  # Jupyter signals and kills the kernel's whole process group
             )
         os.close(ready_end)
+        launcher.wait()
         with os.fdopen(ready, "rb") as signalled:
             if not signalled.read():  # blocks until the worker listens, or has ended
                 raise WorkerError(f"The worker could not be started. Its log:\n{self.log_tail(4000)}")

@@ -2,10 +2,7 @@
 
 One thread, no data beside corpus.py, the same weights for the same seed on the same machine. Setting
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592` saves time: glibc else gives the big tensors' pages back at
-every step.
-
-Two choices let induction form within a few hundred steps of so small a model, which else takes thousands: an
-`initializer_range` of 0.05 (GPT-2's 0.02 suits a width of 768), and position embeddings that start as sinusoids.
+every step. Needs torch 2.9 or later.
 """
 
 from __future__ import annotations
@@ -23,10 +20,10 @@ from interp_kernel.demo_model import corpus, evaluate
 if TYPE_CHECKING:
     from torch import Tensor
 
-LENGTH, BATCH, LEARNING_RATE, WARMUP = 256, 18, 3e-3, 100
-SHORT_SHARE = 0.7  # of the steps have rows of half the length: they cost a third, and circuits form by steps
+LENGTH, BATCH, WARMUP = 256, 18, 40
+SHORT_SHARE = 0.75  # of the steps have rows of half the length: they cost a third, and circuits form by steps
 # Share of rows that are one repeated list, until this share of the steps: induction first, for much is built on it.
-PERIODIC = ((0.1, 1.0), (0.4, 0.3), (0.7, 0.1), (1.0, 0.0))
+PERIODIC = ((0.2, 0.5), (0.5, 0.2), (0.75, 0.1), (1.0, 0.0))
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
@@ -62,7 +59,6 @@ def build_tokenizer() -> Any:
 
 def build_model(tokenizer: Any) -> Any:
     """The untrained model; seed torch before."""
-    import torch
     from transformers import AutoModelForCausalLM, GPT2Config
 
     end = tokenizer.eos_token_id
@@ -74,12 +70,37 @@ def build_model(tokenizer: Any) -> Any:
     # Eager attention, because sdpa's bfloat16 backward pass is three times slower on a CPU.
     auto: Any = AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager")
-    half = config.n_embd // 2
-    angles = torch.arange(LENGTH)[:, None] * torch.exp(-math.log(200.0) * torch.arange(half) / half)
-    with torch.no_grad():
-        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        model.transformer.wpe.weight.copy_(config.initializer_range * math.sqrt(2) * waves)
+    _set_attention(model, config)
     return model
+
+
+def _set_attention(model: Any, config: Any) -> None:
+    """Start with heads that attend to equal tokens and copy, and one that attends to the token before.
+
+    After Trockman and Kolter, Mimetic Initialization of Self-Attention Layers, 2023, https://arxiv.org/abs/2305.09828:
+    queries equal keys, outputs are transposed values. Induction then only has to be sharpened, and all copying follows.
+    """
+    import torch
+
+    d_model, d_head = config.n_embd, config.n_embd // config.n_head
+    basis = torch.linalg.qr(torch.randn(d_model, d_model))[0]
+    step = 3.0 * torch.exp(-math.log(200.0) * torch.arange(d_model // 2) / (d_model // 2))  # radians per position
+    angle = torch.arange(LENGTH)[:, None] * step
+    with torch.no_grad():
+        waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
+        model.transformer.wpe.weight.copy_(config.initializer_range * math.sqrt(2) * waves)
+        for block in model.transformer.h:
+            block.attn.c_attn.weight.copy_(torch.cat([1.5 * basis, 1.5 * basis, 0.27 * basis], dim=1))
+            block.attn.c_proj.weight.copy_(0.27 * basis.T)
+        # Sines and cosines of the fastest waves as query; as key, the same turned on by one position.
+        first = model.transformer.h[0].attn.c_attn.weight
+        first[:, :d_head] = first[:, d_model : d_model + d_head] = 0
+        for i in range(0, d_head, 2):
+            sine, cosine, turn = i, d_model // 2 + i, step[i]
+            first[sine, i] = first[cosine, i + 1] = 1.5
+            first[sine, d_model + i] = first[cosine, d_model + i + 1] = 1.5 * turn.cos()
+            first[cosine, d_model + i] = 1.5 * turn.sin()
+            first[sine, d_model + i + 1] = -1.5 * turn.sin()
 
 
 def rows(tokenizer: Any, seed: int, steps: int) -> Iterator[Tensor]:
@@ -116,16 +137,21 @@ def rows(tokenizer: Any, seed: int, steps: int) -> Iterator[Tensor]:
 
 
 def train(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
-    """Train in place: AdamW, bfloat16 autocast, warm-up, then a cosine down to a twentieth."""
+    """Train in place: Muon for the blocks' matrices, AdamW for the rest; warm-up, then a cosine down to a twentieth."""
     import torch
 
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1, (s + 1) / WARMUP) * (0.05 + 0.475 * (1 + math.cos(math.pi * s / steps)))
-    )
+    inner = [p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2]
+    rest = [p for name, p in model.named_parameters() if ".h." not in name or p.dim() != 2]
+    optimizers = [
+        torch.optim.Muon(inner, lr=0.02, weight_decay=0.0, adjust_lr_fn="original"),
+        torch.optim.AdamW(rest, lr=0.003, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    rates = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s: min(1, (s + 1) / WARMUP) * (0.05 + 0.475 * (1 + math.cos(math.pi * s / steps)))
+        )
+        for optimizer in optimizers
+    ]
     started = time.monotonic()
     for step, ids in enumerate(rows(tokenizer, seed, steps)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -133,12 +159,12 @@ def train(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
         loss: Any = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
-        optimizer.zero_grad()
+        for scheduled in (*optimizers, *rates):
+            scheduled.step()
+        model.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step:5d}   loss {loss.item():.3f}   {time.monotonic() - started:.0f} s", flush=True)
-        if step % 250 == 249:
+        if step % 200 == 199:
             print(evaluate.as_markdown(evaluate.measure(model, tokenizer, n=20)), flush=True)
 
 
@@ -165,7 +191,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Train the demo model on one thread, from nothing but corpus.py.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)

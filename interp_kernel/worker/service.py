@@ -237,6 +237,7 @@ class Service:
                 self._running = None
                 self._active = time.monotonic()
                 del self._calls[call.id]
+            del call  # else its inputs stay until the next one
 
     def _next(self) -> Call:
         """The oldest call of the client that has waited longest for a turn."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import disk_offload
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
@@ -137,6 +139,15 @@ def test_adapter_equals_the_merged_model(family: str, target: str, make_model: A
     merged = lens_logprobs(logit_lens(copy.deepcopy(model).merge_and_unload(), tokenizer, PROMPT, top_k=D_VOCAB))
     torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-5)
     assert (adapted - before).abs()[1:].max() > 1e-3, "the adapter had no effect, so the test says nothing"
+
+
+def test_weights_that_lie_on_disk(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = make_model("llama")
+    before = lens_logprobs(logit_lens(model, tokenizer, PROMPT, top_k=D_VOCAB))
+    disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert model.device.type == "meta"
+    after = lens_logprobs(logit_lens(model, tokenizer, PROMPT, top_k=D_VOCAB))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
 def test_model_is_left_as_it_was(make_model: Any, tokenizer: Any) -> None:

@@ -12,6 +12,9 @@ from transformers import BartConfig, BartForConditionalGeneration, BertConfig, B
 from techniques._model import UnsupportedModelError, find_decoder, logits_at, record_inputs
 from techniques._tokens import pad
 
+# PEFT asks transformers 5 for an attribute under its older name.
+uses_peft = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 
 def test_parts_are_the_known_ones(architecture: str, make_model: Any, blocks_of: Any, final_norm_of: Any) -> None:
     model = make_model(architecture)
@@ -21,15 +24,20 @@ def test_parts_are_the_known_ones(architecture: str, make_model: Any, blocks_of:
     assert found.unembed is model.get_output_embeddings()
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_parts_are_found_under_an_adapter_that_wraps_embedding_and_norm(make_model: Any) -> None:
-    model = make_model("llama", tie_word_embeddings=False)
-    blocks = model.model.layers
-    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["norm"])
+@uses_peft
+@pytest.mark.parametrize(
+    ("family", "targets", "norm"), [("llama", ["q_proj", "embed_tokens"], "norm"), ("gpt2", ["c_attn", "wte"], "ln_f")]
+)
+def test_parts_are_found_under_an_adapter_that_wraps_embedding_and_norm(
+    family: str, targets: list[str], norm: str, make_model: Any, blocks_of: Any, final_norm_of: Any
+) -> None:
+    model = make_model(family)
+    config = LoraConfig(target_modules=targets, modules_to_save=[norm], fan_in_fan_out=family == "gpt2")
     adapted: Any = get_peft_model(model, config)
     found = find_decoder(adapted)
-    assert found.blocks is blocks
-    assert found.ln_final is model.model.norm
+    assert found.blocks is blocks_of(family, model)
+    assert found.ln_final is final_norm_of(family, model)
+    assert "ModulesToSave" in type(found.ln_final).__name__
 
 
 def test_base_model_without_unembedding_is_refused(make_model: Any) -> None:
@@ -86,10 +94,13 @@ def test_logits_at_points_equal_those_of_a_full_pass(architecture: str, make_mod
     torch.testing.assert_close(own, torch.stack([full[0][3], full[1][1], full[0][0]]), rtol=1e-4, atol=1e-5)
 
 
+@uses_peft
+@pytest.mark.parametrize("with_adapter", [False, True])
 @torch.inference_mode()
-def test_only_the_asked_positions_are_unembedded(make_model: Any) -> None:
+def test_only_the_asked_positions_are_unembedded(with_adapter: bool, make_model: Any) -> None:
     model = make_model("llama")
     shapes: list[tuple[int, ...]] = []
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
-    logits_at(model, pad([[1, 2, 3, 4, 5]], "right", 0, model.device), torch.tensor([0]), torch.tensor([4]))
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if with_adapter else model
+    logits_at(adapted, pad([[1, 2, 3, 4, 5]], "right", 0, model.device), torch.tensor([0]), torch.tensor([4]))
     assert shapes == [(1, 1, 10)]
