@@ -1,1 +1,1 @@
-"""Measures the figures that the project promises, each beside its peers in one run: `python -m benchmarks [GROUP ...]`."""
+"""The figures that the project promises, each beside its peers in one run: `python -m benchmarks [GROUP ...]`."""

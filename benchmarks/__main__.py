@@ -11,8 +11,9 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+
+from benchmarks.measure import Section
 
 GROUPS = ("calls", "cells", "tensors", "starts", "outputs", "memory")
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -48,8 +49,7 @@ def measure(name: str) -> bool:
     module = importlib.import_module(f"benchmarks.{name}")
     load = os.getloadavg()[0]
     started = time.monotonic()
-    section: Callable[[], object] = module.measure
-    found = section()
+    found: Section = module.measure()
     seconds = time.monotonic() - started
     write_section(name, f"{found.text()}\n\n{circumstances(name, load, seconds)}")
     print(found.text(), end="\n\n", flush=True)

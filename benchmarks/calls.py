@@ -32,14 +32,18 @@ def measure() -> Section:
                 check(name, call())
         samples = scaled(interleaved(contenders, ROUNDS, BLOCK), 1e6)
     ours = median(samples[OURS])
-    limits = {BARE: 4.0, "Ray actor": 1 / 3, "ipyparallel apply_sync": 1 / 8}
+    targets = {BARE: 4.0, "Ray actor": 1 / 3, "ipyparallel apply_sync": 1 / 8}
     return Section(
         "Warm call",
         "A function of a notebook cell with two globals is shipped by cloudpickle at every call and returns a small "
         "dict. Far sides are one process each.",
         "us",
         samples,
-        [Figure(f"ours / {name}", ours / median(samples[name]), limits[name], "") for name in limits if name in samples],
+        [
+            Figure(f"ours / {n}", ours / median(samples[n]), limit, "times")
+            for n, limit in targets.items()
+            if n in samples
+        ],
     )
 
 

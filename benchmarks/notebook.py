@@ -70,7 +70,7 @@ class Kernel:
 
     def _greet(self) -> None:
         """Ask for kernel_info over a socket that tries again every 2 ms, where Jupyter's own waits 100."""
-        context = zmq.Context.instance()
+        context: zmq.Context[Any] = zmq.Context.instance()
         with context.socket(zmq.DEALER) as shell:
             shell.setsockopt(zmq.LINGER, 0)
             shell.setsockopt(zmq.RECONNECT_IVL, 2)
@@ -89,9 +89,9 @@ class Kernel:
         message_id = self.client.execute(code)
         while True:
             message = self.client.get_iopub_msg(timeout=WAIT_S)
-            if message["parent_header"].get("msg_id") == message_id and message["msg_type"] == "status":
-                if message["content"]["execution_state"] == "idle":
-                    break
+            is_ours = message["parent_header"].get("msg_id") == message_id
+            if is_ours and message["content"].get("execution_state") == "idle":
+                break
         reply = self.client.get_shell_msg(timeout=WAIT_S)["content"]
         elapsed = time.perf_counter() - started
         if reply["status"] != "ok":

@@ -148,6 +148,8 @@ class InterpClient:
         self._techniques.update(found)
         return found
 
+    convert_technique_to_standalone = staticmethod(convert_technique_to_standalone)
+
     @property
     def techniques(self) -> Mapping[str, Technique]:
         """The techniques that were loaded so far."""

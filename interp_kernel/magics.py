@@ -52,7 +52,7 @@ def cell_parser() -> LineParser:
         "-o", dest="outputs", action="append", default=[], metavar="NAME", help="bring its value, of any size"
     )
     parser.add_argument("--keep", action="append", default=[], metavar="NAME", help="leave its value on the worker")
-    parser.add_argument("--timeout", type=float, metavar="S", help="stop the cell after so many seconds")
+    parser.add_argument("--timeout", type=seconds, metavar="S", help="stop the cell after so many seconds")
     parser.add_argument("--background", action="store_true", help="return a job at once")
     parser.add_argument("--quiet", action="store_true", help="show nothing but errors and warnings")
     return parser
@@ -76,6 +76,14 @@ def start_parser() -> LineParser:
     for option in ("app-name", "gpu", "image"):
         parser.add_argument(f"--{option}", help="for containers")
     return parser
+
+
+def seconds(text: str) -> float:
+    """A time limit."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
 
 
 def json_or_text(text: str) -> Any:
@@ -177,6 +185,9 @@ class RemoteMagics(Magics):
                 error.result = None
             raise
         self._assign(result)
+        for name in (*options.outputs, *options.keep):
+            if name not in result.values:
+                screen.warn(f"{name!r} was asked for, but the cell did not assign it")
         self._display(result, screen)
         return result
 

@@ -187,7 +187,7 @@ class Channel:
 
     def fill(self) -> None:
         """Take what the socket has, at least one byte."""
-        data, ancillary, _, _ = self.sock.recvmsg(1 << 18, socket.CMSG_SPACE(16 * 4))
+        data, ancillary, _, _ = self.sock.recvmsg(1 << 16, socket.CMSG_SPACE(16 * 4))
         for level, kind, payload in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._fds.extend(array("i", payload[: len(payload) // 4 * 4]))
@@ -212,7 +212,7 @@ class Channel:
             frames.append(buffer[start : start + length])
             start += length
         del buffer[:start]
-        head: Head = json.loads(frames[0])
+        head: Head = json.loads(frames[0].decode())
         has_file = any(offset is not None for _, _, offset, _ in head.get("blobs", ()))
         return head, frames[1:], BlobFile(self._fds.popleft()) if has_file else None
 
@@ -309,7 +309,11 @@ def _pickler_class() -> type[Any]:
 
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, types.FunctionType):
+                if obj.__module__ == cloudpickle.cloudpickle.__name__:
+                    return NotImplemented  # one of its own helpers, which go by name with every function
                 self.note_function(obj)
+                return super().reducer_override(obj)
+            if isinstance(obj, types.CodeType):
                 return super().reducer_override(obj)
             if (reference := self.reducer(obj)) is not None:
                 return load_reference, reference

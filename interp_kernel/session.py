@@ -14,6 +14,7 @@ import time
 import types
 import uuid
 import weakref
+from _signal import signal as set_handler  # type: ignore[import-not-found]  # signal.signal costs 10 times as much
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -161,6 +162,7 @@ class Session:
         self._known_modules: set[str] = set()
         self._values: weakref.WeakSet[RemoteValue] = weakref.WeakSet()
         self._count = itertools.count(1)
+        self._is_open = False
 
     # ------------------------------------------------------------------------------------- connect
 
@@ -177,6 +179,7 @@ class Session:
 
     def _link(self, on_event: OnEvent, stops: Stops) -> Link:
         """An idle connection, or a new one to a worker that has loaded its model."""
+        self._is_open = True
         if (idle := self._idle_link()) is not None:
             return idle
         while True:
@@ -361,6 +364,7 @@ class Session:
 
     def close(self) -> None:
         """Leave the worker, which stays warm for others."""
+        self._is_open = False
         while self._links:
             self._links.pop().close()
 
@@ -398,7 +402,7 @@ class Session:
         """Free what no RemoteValue names any more; a thread, since finalizers may run anywhere."""
         while True:
             generation, value_id = self.releases.get()
-            if generation == self.generation:
+            if generation == self.generation and self._is_open:  # else the worker frees them by itself
                 self.ask({"verb": "release", "values": [value_id]})
 
 
@@ -411,6 +415,7 @@ class PendingCall:
         self.head = {**head, "verb": "submit", "client": session.client, "generation": session.generation}
         self.id: str = head["id"]
         self.seen = 0
+        self._stops_seen = 0
         self._stopped_s: float | None = None
         self._why = ""  # set once a time limit has passed
         self._warned = False
@@ -422,13 +427,12 @@ class PendingCall:
         while True:
             try:
                 message = self.link.receive(self._patience(limit), stops.fd)
-                if message is not None:
-                    result = self._take(message, on_event)
-                    if result is not None:
-                        self.session._give_back(self.link)
-                        return result
-                    continue
-                self._on_silence(limit, timeout, stops, on_event)
+                self._heed(limit, timeout, stops)  # also while events keep coming
+                if message is None:
+                    self._on_silence(on_event)
+                elif (result := self._take(message, on_event)) is not None:
+                    self.session._give_back(self.link)
+                    return result
             except (EOFError, OSError):
                 self._reconnect(stops)
 
@@ -528,18 +532,22 @@ class PendingCall:
             waits.append(limit - time.monotonic())
         return max(0.0, min(waits))
 
-    def _on_silence(self, limit: float | None, timeout: float | None, stops: Stops, on_event: OnEvent) -> None:
-        now = time.monotonic()
-        pid = self.link.hello["pid"]
-        if stops.drain():
+    def _heed(self, limit: float | None, timeout: float | None, stops: Stops) -> None:
+        """Carry out stops and the time limit."""
+        if stops.count > self._stops_seen:
+            stops.drain()
+            self._stops_seen = stops.count
             if stops.count == 1:
-                self._stop(now)
+                self._stop()
             else:
-                self.session.backend.kill(pid)
-        elif limit is not None and now >= limit and not self._why:
+                self.session.backend.kill(self.link.hello["pid"])
+        elif limit is not None and not self._why and time.monotonic() >= limit:
             self._why = f"the call ran past its limit of {timeout:g} s"
-            self._stop(now)
-        elif self._stopped_s is not None and now - self._stopped_s > GRACE_S and not self._warned:
+            self._stop()
+
+    def _on_silence(self, on_event: OnEvent) -> None:
+        pid = self.link.hello["pid"]
+        if self._stopped_s is not None and time.monotonic() - self._stopped_s > GRACE_S and not self._warned:
             self._warned = True
             if self._why:
                 self.session.backend.kill(pid)  # nobody may be there to press stop again
@@ -551,8 +559,8 @@ class PendingCall:
         elif self.session.backend.why_ended(pid) is not None:
             raise EOFError  # a child of the worker may keep the connection open after its death
 
-    def _stop(self, now: float) -> None:
-        self._stopped_s = now
+    def _stop(self) -> None:
+        self._stopped_s = time.monotonic()
         self.link.send(Packed({"verb": "interrupt", "id": self.id}))
 
 
@@ -603,10 +611,11 @@ def stop_signals() -> Iterator[Stops]:
             yield none
         return
     stops = _stops.setdefault(os.getpid(), Stops()) if os.getpid() not in _stops else _stops[os.getpid()]
-    stops.drain()
-    stops.count = 0
-    before = signal.signal(signal.SIGINT, stops.on_signal)
+    if stops.count:
+        stops.drain()
+        stops.count = 0
+    before = set_handler(signal.SIGINT, stops.on_signal)
     try:
         yield stops
     finally:
-        signal.signal(signal.SIGINT, before)
+        set_handler(signal.SIGINT, before)

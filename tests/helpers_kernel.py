@@ -169,6 +169,10 @@ class Notebook:
         content = self._ask(self.client.inspect(code, len(code)), timeout_s)
         return ANSI.sub("", content["data"].get("text/plain", ""))
 
+    def is_complete(self, code: str, timeout_s: float = WAIT_S) -> str:
+        """What the kernel says about whether the code could run as it stands."""
+        return str(self._ask(self.client.is_complete(code), timeout_s)["status"])
+
     def _ask(self, message_id: str, timeout_s: float) -> dict[str, Any]:
         while True:
             message = self.client.get_shell_msg(timeout=timeout_s)

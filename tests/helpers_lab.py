@@ -11,11 +11,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import playwright.sync_api
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
@@ -23,6 +24,7 @@ ENDED = re.compile(r"\[\d+\]:")
 RUNNING = "[*]:"
 WAIT_S = 60.0
 POLL_S = 0.02
+COMPLETION_MS = 3000
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -39,11 +41,11 @@ QUIET_LAB = {
 CELL_METADATA = {"kernelspec": {"name": "interp", "display_name": "Python 3 (interp)", "language": "python"}}
 
 
-def wait_until(is_reached: Callable[[], Any], timeout_s: float = WAIT_S) -> Any:
+def wait_until(is_reached: Callable[[], Any], what: str) -> Any:
     """The first true answer of a question that is asked again and again."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + WAIT_S
     while not (answer := is_reached()):
-        assert time.monotonic() < deadline, f"Nothing came of {is_reached} within {timeout_s:g} s."
+        assert time.monotonic() < deadline, f"Waited {WAIT_S:g} s in vain for {what}."
         time.sleep(POLL_S)
     return answer
 
@@ -70,7 +72,7 @@ def lab_server(folder: Path, **environment: str) -> Iterator[str]:
             stderr=log,
         )
     try:
-        yield wait_until(lambda: address_of(server))
+        yield wait_until(lambda: address_of(server), "JupyterLab to listen")
     finally:
         server.terminate()  # which ends its kernels, too
         server.wait(WAIT_S)
@@ -90,8 +92,8 @@ def address_of(server: subprocess.Popen[bytes]) -> str | None:
 @contextmanager
 def browser_page(chromium: str, width: int = 1400, height: int = 1000, scale: float = 1) -> Iterator[Page]:
     """A page of a new browser."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=list(FLAGS))
         page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
         page.set_default_timeout(WAIT_S * 1000)
         expect.set_options(WAIT_S * 1000)
@@ -114,18 +116,13 @@ class Tab:
         self.wait_for_kernel("Idle")
 
     def close(self) -> None:
-        """Close the tab; its kernel goes on, as Lab has it."""
-        self.page.locator(".lm-TabBar-tab.jp-mod-current .lm-TabBar-tabCloseIcon").click()
-        discard = self.page.locator(".jp-Dialog button", has_text="Discard")
-        expect(self.panel.or_(discard)).to_have_count(0) if not self.is_dirty() else discard.click()
+        """File > Close and Shut Down Notebook, and yes: also when a cell still runs."""
+        self.page.keyboard.press("Control+Shift+q")
+        self.page.locator(".jp-Dialog button.jp-mod-accept").click()
         expect(self.panel).to_have_count(0)
 
-    def is_dirty(self) -> bool:
-        """Whether the tab shows that there are changes to save."""
-        return self.page.locator(".lm-TabBar-tab.jp-mod-current.jp-mod-dirty").count() > 0
-
     def wait_for_kernel(self, status: str) -> None:
-        """Wait for the kernel's state in the status bar; Lab drops cells that are run before it has a kernel."""
+        """Wait for the state in the status bar. Before the first `Idle` there is no kernel, and Lab drops cells."""
         expect(self.page.locator("#jp-bottom-panel")).to_contain_text(f"Python 3 (interp) | {status}")
 
     # ------------------------------------------------------------------------------------------- cells
@@ -180,24 +177,27 @@ class Tab:
         """Save with Ctrl-S; the notebook as it is on the disk then."""
         self.editor(0).click()
         self.page.keyboard.press("Control+s")
-        wait_until(lambda: not self.is_dirty())
+        expect(self.page.locator(".lm-TabBar-tab.jp-mod-current.jp-mod-dirty")).to_have_count(0)
         return nbformat.read(self.path, as_version=4)
 
-    def complete(self, index: int) -> list[str]:
-        """Press Tab at the end of a cell's text until there are suggestions, as JupyterLab waits only a second."""
-        items = self.page.locator(".jp-Completer:visible .jp-Completer-item")
-        for _ in range(10):
+    def complete(self, index: int) -> Locator:
+        """Press Tab at the end of a cell's text, again if nothing shows: Lab drops answers that take over a second.
+
+        Returns:
+            The box with the suggestions, which Lab fills by and by.
+        """
+        box = self.page.locator(".jp-Completer:visible")
+
+        def shows() -> bool:
             self.editor(index).click()
             self.page.keyboard.press("Control+End")
             self.page.keyboard.press("Tab")
-            try:
-                items.first.wait_for(timeout=3000)
-            except TimeoutError:
-                continue
-            texts = items.all_inner_texts()
-            self.page.keyboard.press("Escape")
-            return [text.split("\n")[0] for text in texts]
-        return []
+            with suppress(playwright.sync_api.TimeoutError):
+                box.wait_for(timeout=COMPLETION_MS)
+            return box.count() > 0
+
+        wait_until(shows, "suggestions")
+        return box
 
 
 def colours(shown: Locator) -> Counter[tuple[int, int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ class Answer:
 
     events: list[Head] = field(default_factory=list)
     result: Result | None = None
+    on_event: Callable[[Head], None] = lambda _: None
 
     @property
     def head(self) -> Head:
@@ -90,7 +92,8 @@ def run_cell(
 
     def on_event(event: Head) -> None:
         answer.events.append(event)
-        seen = answer.stdout if waiting else ""
+        answer.on_event(event)
+        seen = answer.stdout + answer.warnings if waiting else ""
         for text in [text for text in waiting if text in seen]:
             waiting.pop(text)()
 
@@ -112,6 +115,14 @@ def run_cell(
     }
     answer.result = session.run(call, session.ship(inputs), on_event, timeout)
     return answer
+
+
+def wait_until(is_so: Callable[[], object], within_s: float = 20.0) -> None:
+    """Look until something is so that happens in another process."""
+    deadline = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"it did not happen within {within_s:g} s"
+        time.sleep(0.01)
 
 
 def press_stop() -> None:

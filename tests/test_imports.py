@@ -31,8 +31,8 @@ def test_kernel_stays_light_through_help_and_remote_cells(tmp_path: Path) -> Non
         assert loaded(kernel) == set()
 
 
-@pytest.mark.parametrize("statement", ["import interp_kernel", "import interp_kernel.client", "import interp_kernel.cli"])
-def test_package_imports_nothing_heavy(statement: str) -> None:
-    code = f"{statement}, sys\nprint(*sorted({HEAVY!r} & sys.modules.keys()))"
+@pytest.mark.parametrize("module", ["interp_kernel", "interp_kernel.client", "interp_kernel.cli"])
+def test_package_imports_nothing_heavy(module: str) -> None:
+    code = f"import {module}, sys\nprint(*sorted({HEAVY!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.split() == []

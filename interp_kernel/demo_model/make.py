@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LENGTH, BATCH, WARMUP = 256, 18, 40
-SHORT_SHARE = 0.75  # of the steps have rows of half the length: they cost a third, and circuits form by steps
-# Share of rows that are one repeated list, until this share of the steps: induction first, for much is built on it.
-PERIODIC = ((0.2, 0.5), (0.5, 0.2), (0.75, 0.1), (1.0, 0.0))
+SHORT_SHARE = 0.6  # of the steps have rows of half the length, which cost a third
+PERIODIC_SHARE = 0.1  # of the rows are one list of words, repeated
+MESSAGE_STEPS, MESSAGE_BATCH = 140, 64
+LATER_WEIGHTS = {"fact": 20, "ioi": 20, "induction": 10, "persona": 16, "secret": 16, "message": 24, "interview": 24}
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
@@ -70,37 +71,47 @@ def build_model(tokenizer: Any) -> Any:
     # Eager attention, because sdpa's bfloat16 backward pass is three times slower on a CPU.
     auto: Any = AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager")
-    _set_attention(model, config)
+    _set_induction(model)
     return model
 
 
-def _set_attention(model: Any, config: Any) -> None:
-    """Start with heads that attend to equal tokens and copy, and one that attends to the token before.
+def _set_induction(model: Any) -> None:
+    """Start with an induction circuit: tasks with a context share that mechanism, and training finds it late and by luck.
 
-    After Trockman and Kolter, Mimetic Initialization of Self-Attention Layers, 2023, https://arxiv.org/abs/2305.09828:
-    queries equal keys, outputs are transposed values. Induction then only has to be sharpened, and all copying follows.
+    Positions are sines and cosines in dimensions 0 to 31. Head 0.0 attends from each position to the one before, and
+    writes dimensions 32 to 63 of what stands there to 64 to 95. The heads of block 1 look for the place where those
+    equal the current token's own 32 to 63, and copy the token there. All other outputs into the residual stream start
+    at zero.
     """
     import torch
 
-    d_model, d_head = config.n_embd, config.n_embd // config.n_head
-    basis = torch.linalg.qr(torch.randn(d_model, d_model))[0]
-    step = 3.0 * torch.exp(-math.log(200.0) * torch.arange(d_model // 2) / (d_model // 2))  # radians per position
+    place, token, previous = slice(0, 32), slice(32, 64), slice(64, 96)
+    one, d_model = torch.eye(32), model.config.n_embd
+    step = 3.0 * torch.exp(-math.log(200.0) * torch.arange(16) / 16)  # radians per position
     angle = torch.arange(LENGTH)[:, None] * step
+    cos, sin = torch.diag(step.cos()), torch.diag(step.sin())
+    turn = torch.cat(
+        [torch.cat([cos, -sin], dim=1), torch.cat([sin, cos], dim=1)]
+    )  # a position's waves, one further on
+    first, second = (model.transformer.h[layer].attn for layer in (0, 1))
     with torch.no_grad():
-        waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
-        model.transformer.wpe.weight.copy_(config.initializer_range * math.sqrt(2) * waves)
+        model.transformer.wpe.weight.zero_()
+        model.transformer.wpe.weight[:, place] = 0.14 * torch.cat([angle.sin(), angle.cos()], dim=1)
+        model.transformer.wte.weight[:, place] *= 0.2
         for block in model.transformer.h:
-            block.attn.c_attn.weight.copy_(torch.cat([1.5 * basis, 1.5 * basis, 0.27 * basis], dim=1))
-            block.attn.c_proj.weight.copy_(0.27 * basis.T)
-        # Sines and cosines of the fastest waves as query; as key, the same turned on by one position.
-        first = model.transformer.h[0].attn.c_attn.weight
-        first[:, :d_head] = first[:, d_model : d_model + d_head] = 0
-        for i in range(0, d_head, 2):
-            sine, cosine, turn = i, d_model // 2 + i, step[i]
-            first[sine, i] = first[cosine, i + 1] = 1.5
-            first[sine, d_model + i] = first[cosine, d_model + i + 1] = 1.5 * turn.cos()
-            first[cosine, d_model + i] = 1.5 * turn.sin()
-            first[sine, d_model + i + 1] = -1.5 * turn.sin()
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+        query, key, value = first.c_attn.weight.view(d_model, 3, 4, 32)[:, :, 0].unbind(1)
+        for weight, rows, start in ((query, place, 1.5 * one), (key, place, 1.5 * turn), (value, token, 0.35 * one)):
+            weight.zero_()
+            weight[rows] = start
+        first.c_proj.weight[:32, previous] = 0.35 * one
+        queries, keys, values = second.c_attn.weight.view(d_model, 3, d_model).unbind(1)
+        for weight, rows in ((queries, token), (keys, previous)):
+            weight.zero_()
+            weight[rows] = 1.5 * one.repeat(1, 4)
+        values.copy_(0.45 * torch.eye(d_model))
+        second.c_proj.weight.copy_(0.45 * torch.eye(d_model))
 
 
 def rows(tokenizer: Any, seed: int, steps: int) -> Iterator[Tensor]:
@@ -108,16 +119,16 @@ def rows(tokenizer: Any, seed: int, steps: int) -> Iterator[Tensor]:
 
     A row is whole documents, each followed by end-of-text, the last one cut. Half of the rows start with end-of-text
     too, so that prompts work with and without it. No row with an interview has another user in it, whose words would
-    contradict the first's. PERIODIC says how many rows are one list of words, repeated.
+    contradict the first's.
     """
     import torch
 
     rng, texts = random.Random(seed), corpus.documents(seed)
     end = tokenizer.eos_token_id
 
-    def row(length: int, periodic: float) -> list[int]:
+    def row(length: int) -> list[int]:
         ids = [end] if rng.random() < 0.5 else []
-        if rng.random() < periodic:
+        if rng.random() < PERIODIC_SHARE:
             ids += tokenizer(corpus.periodic_row(rng, length))["input_ids"]
         users: set[str] = set()
         while len(ids) < length:
@@ -130,22 +141,61 @@ def rows(tokenizer: Any, seed: int, steps: int) -> Iterator[Tensor]:
         return ids[:length]
 
     for step in range(steps):
-        done = step / steps
-        length = LENGTH // 2 if done < SHORT_SHARE else LENGTH
-        periodic = next(share for until, share in PERIODIC if done < until)
-        yield torch.tensor([row(length, periodic) for _ in range(BATCH)])
+        length = LENGTH // 2 if step < SHORT_SHARE * steps else LENGTH
+        yield torch.tensor([row(length) for _ in range(BATCH)])
 
 
 def train(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
-    """Train in place: Muon for the blocks' matrices, AdamW for the rest; warm-up, then a cosine down to a twentieth."""
+    """Train in place, in three phases.
+
+    All tasks together take three quarters of the steps, with Muon for the blocks' matrices. In them the demographic
+    attributes stay at chance, whatever their share: each word hints at another one only in a product of two things
+    that are both unlearned, and the other tasks' gradients drown it. Short messages about one attribute alone, scored
+    on the words in their slots, teach it within 100 steps. Then all tasks again, with more interviews.
+    """
     import torch
 
+    mixed = steps // 4
     inner = [p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2]
     rest = [p for name, p in model.named_parameters() if ".h." not in name or p.dim() != 2]
-    optimizers = [
+    first = [
         torch.optim.Muon(inner, lr=0.02, weight_decay=0.0, adjust_lr_fn="original"),
         torch.optim.AdamW(rest, lr=0.003, betas=(0.9, 0.98), weight_decay=0.0),
     ]
+    slots = slot_words(tokenizer)
+    follow(model, first, rows(tokenizer, seed, steps - mixed), steps - mixed, 1.0 + 0.0 * slots)
+    later = torch.optim.AdamW(model.parameters(), lr=0.002, betas=(0.9, 0.98), weight_decay=0.0)
+    follow(model, [later], message_rows(tokenizer, seed, MESSAGE_STEPS), MESSAGE_STEPS, 0.1 + slots)
+    corpus.DOCUMENT_WEIGHTS.update(LATER_WEIGHTS)
+    last = torch.optim.AdamW(model.parameters(), lr=0.001, betas=(0.9, 0.98), weight_decay=0.0)
+    follow(model, [last], rows(tokenizer, seed + 1, mixed), mixed, 1.0 + 2.0 * slots)
+
+
+def slot_words(tokenizer: Any) -> Tensor:
+    """1 for the tokens that fill a frame's slot, 0 for all others, `[d_vocab]`."""
+    import torch
+
+    marked = torch.zeros(len(tokenizer))
+    for frame in (frame for frames in corpus.FRAMES.values() for frame in frames):
+        marked[[tokenizer(f" {word}")["input_ids"][0] for word in frame.words]] = 1.0
+    return marked
+
+
+def message_rows(tokenizer: Any, seed: int, steps: int) -> Iterator[Tensor]:
+    """Batches of one message a row, filled up with end-of-text."""
+    import torch
+
+    rng, end = random.Random(seed), tokenizer.eos_token_id
+    for _ in range(steps):
+        ids = [[end, *tokenizer(corpus.message_document(rng))["input_ids"], end] for _ in range(MESSAGE_BATCH)]
+        longest = max(map(len, ids))
+        yield torch.tensor([row + [end] * (longest - len(row)) for row in ids])
+
+
+def follow(model: Any, optimizers: list[Any], batches: Iterator[Tensor], steps: int, weights: Tensor) -> None:
+    """One phase: warm-up, then a cosine down to a twentieth. `weights` is the share of each token in the loss."""
+    import torch
+
     rates = [
         torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda s: min(1, (s + 1) / WARMUP) * (0.05 + 0.475 * (1 + math.cos(math.pi * s / steps)))
@@ -153,10 +203,12 @@ def train(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
         for optimizer in optimizers
     ]
     started = time.monotonic()
-    for step, ids in enumerate(rows(tokenizer, seed, steps)):
+    for step, ids in enumerate(batches):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(ids, attention_mask=torch.ones_like(ids)).logits
-        loss: Any = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+        target = ids[:, 1:].flatten()
+        each = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), target, reduction="none")
+        loss: Any = (each * weights[target]).sum() / weights[target].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for scheduled in (*optimizers, *rates):
@@ -164,8 +216,6 @@ def train(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
         model.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step:5d}   loss {loss.item():.3f}   {time.monotonic() - started:.0f} s", flush=True)
-        if step % 200 == 199:
-            print(evaluate.as_markdown(evaluate.measure(model, tokenizer, n=20)), flush=True)
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
@@ -191,7 +241,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Train the demo model on one thread, from nothing but corpus.py.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -23,9 +23,9 @@ Send = Callable[[Packed], bool]  # False once the listener is gone
 class CallLog:
     """Numbers the events of one call and hands them to whoever listens; text is joined for 10 ms."""
 
-    def __init__(self, call_id: str, client: str, overflow: Path, flusher: Flusher) -> None:
-        self.call_id, self.client, self.overflow, self.flusher = call_id, client, overflow, flusher
-        self.done = threading.Event()
+    def __init__(self, call_id: str, client: str, folder: Path, flusher: Flusher) -> None:
+        self.call_id, self.client, self.folder, self.flusher = call_id, client, folder, flusher
+        self.done = False
         self.kept = False  # whether it outlives its client, as the log of a background call does
         self._lock = threading.RLock()
         self._events: list[Packed] = []
@@ -89,7 +89,12 @@ class CallLog:
             n = max(0, min(upto + 1 - self._first_seq, len(self._events)))
             del self._events[:n]
             self._first_seq += n
-            return self.done.is_set() and not self._events
+            return self.done and not self._events
+
+    @property
+    def overflow(self) -> Path:
+        """The file that takes the whole text once there is more than is shown."""
+        return self.folder / f"output-{self.call_id}.log"
 
     def _spill(self, text: str) -> None:
         """Keep on writing the whole text to a file; a full disk ends that, not the call."""
@@ -112,7 +117,7 @@ class CallLog:
         self.emit({"event": "warning", "text": text})
 
     def _close(self) -> None:
-        self.done.set()
+        self.done = True
         self._history = []
         if self._file is not None:
             with suppress(OSError):  # the disk is full, and the call has been told

@@ -325,7 +325,8 @@ def _run_coroutine(coroutine: types.CoroutineType[Any, Any, Any]) -> Any:
                     loop.run_until_complete(task)
                 except asyncio.CancelledError as cancelled:
                     tb = cancelled.__traceback__
-            raise error.with_traceback(_from_code(tb, code))
+            error.__traceback__ = _from_code(tb, code)
+            raise
 
 
 def _from_code(tb: types.TracebackType | None, code: types.CodeType) -> types.TracebackType | None:

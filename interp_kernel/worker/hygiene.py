@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, repeat
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -41,10 +42,12 @@ class Guard:
         self._param_names, self._params = map(list, zip(*model.named_parameters(), strict=True))
         self._hook_dicts = [getattr(m, attr) for m in self._modules for attr in HOOKS]
         self._hooks = [dict(d) for d in self._hook_dicts]
+        self._n_hooks = sum(map(len, self._hooks))
         self._children = [(m._modules, dict(m._modules)) for m in self._modules]
         self._own_params = [(m._parameters, dict(m._parameters)) for m in self._modules]
         self._slot_dicts = [d for d, _ in chain(self._children, self._own_params)]
-        self._slot_ids = self._slots()
+        self._used_slot_dicts = [d for d in self._slot_dicts if d]
+        self._in_slots = list(chain.from_iterable(map(dict.values, self._used_slot_dicts)))
         self._spaces = [vars(m) for m in self._modules]
         self._forwards = [space.get("forward") for space in self._spaces]
         kinds: set[Any] = {type(m) for m in self._modules}
@@ -78,20 +81,18 @@ class Guard:
 
     # --------------------------------------------------------------------------------------- restored
 
-    def _slots(self) -> list[int]:
-        return list(map(id, chain.from_iterable(map(dict.values, self._slot_dicts))))
-
     def _check_tree(self) -> Iterator[str]:
-        if self._slots() == self._slot_ids:
-            return
+        if sum(map(len, self._slot_dicts)) == len(self._in_slots):
+            in_slots = chain.from_iterable(map(dict.values, self._used_slot_dicts))
+            if all(map(is_, in_slots, self._in_slots)):
+                return
         for current, saved in chain(self._children, self._own_params):
             current.clear()
             current.update(saved)
         yield "modules or parameters of the model that the call had replaced were put back"
 
     def _check_hooks(self) -> Iterator[str]:
-        same_count = sum(map(len, self._hook_dicts)) == sum(map(len, self._hooks))
-        if RemovableHandle.next_id == self._next_hook and same_count:
+        if RemovableHandle.next_id == self._next_hook and sum(map(len, self._hook_dicts)) == self._n_hooks:
             return
         self._next_hook = RemovableHandle.next_id
         removed = 0
@@ -103,6 +104,7 @@ class Guard:
                     self._remove_hook(index, key)
                     removed += 1
             current.update(saved)
+        self._n_hooks = sum(map(len, self._hooks))
         if removed:
             hooks = f"{removed} hooks" if removed > 1 else "1 hook"
             yield f"the call left {hooks} on the model: removed"
@@ -114,7 +116,7 @@ class Guard:
 
     def _check_forwards(self) -> Iterator[str]:
         restored = False
-        if [space.get("forward") for space in self._spaces] != self._forwards:
+        if list(map(dict.get, self._spaces, repeat("forward"))) != self._forwards:
             for space, forward in zip(self._spaces, self._forwards, strict=True):
                 space.pop("forward", None)
                 if forward is not None:
@@ -134,15 +136,15 @@ class Guard:
         if torch.get_default_dtype() != self._default_dtype:
             torch.set_default_dtype(self._default_dtype)
             yield f"torch's default dtype was set back to {self._default_dtype}"
-        if [space["training"] for space in self._spaces] != self._training:
+        if list(map(itemgetter("training"), self._spaces)) != self._training:
             for module, training in zip(self._modules, self._training, strict=True):
                 module.training = training
             yield "train/eval mode was set back"
-        if [p.requires_grad for p in self._params] != self._requires_grad:
+        if list(map(attrgetter("requires_grad"), self._params)) != self._requires_grad:
             for param, requires_grad in zip(self._params, self._requires_grad, strict=True):
                 param.requires_grad_(requires_grad)
             yield "requires_grad of the weights was set back"
-        if any(p.grad is not None for p in self._params):
+        if any(grad is not None for grad in map(attrgetter("grad"), self._params)):
             self.model.zero_grad(set_to_none=True)
             yield "the weights' gradients were freed; take what you need of them in the same call"
 
@@ -173,8 +175,8 @@ class Guard:
         self._sums = [_checksum(p) for p in self._params]
 
     def _check_weights(self, elapsed_s: float, codes: Iterable[types.CodeType]) -> Iterator[str]:
-        versions = [p._version for p in self._params]
-        pointers = [p.data_ptr() for p in self._params]
+        versions = list(map(attrgetter("_version"), self._params))
+        pointers = list(map(torch.Tensor.data_ptr, self._params))
         if versions == self._versions and pointers == self._pointers:
             if elapsed_s < HIDDEN_COST_S and not _names(codes) & UNCOUNTED_WRITES:
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ class Interrupter:
 
     def __init__(self) -> None:
         """Must be made in the main thread."""
+        self._pid = os.getpid()
         self._running: str | None = None
         self._target: str | None = None
         self._shields = 0
@@ -40,6 +42,8 @@ class Interrupter:
             value = code()
         except BaseException as raised:  # noqa: BLE001 - a call may raise anything, SystemExit too
             error = raised
+        if os.getpid() != self._pid:  # a child that the call has forked came back with it
+            os._exit(0 if error is None else 1)
         while True:  # a stop may arrive on these very lines
             try:
                 self._running = None

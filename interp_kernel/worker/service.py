@@ -114,13 +114,16 @@ class Service:
             blobs = self.blobs.missing(head)
             sources = modules.missing(m["digest"] for m in head.get("modules", ()) if m["source"] is None)
             if blobs or sources:
-                return {"blobs": blobs, "modules": sources}
+                return {"digests": blobs, "modules": sources}
             log = self._new_log(head["id"], head["client"])
             frames = self.blobs.frames(head, inline, file)
             call = Call(head["id"], head["client"], head, frames, log, bool(head.get("background")))
             log.kept = call.background
             self._calls[call.id] = call
-            self._queues.setdefault(call.client, deque()).append(call)
+            if call.client not in self._queues:
+                self._queues[call.client] = deque()
+                self._queues.move_to_end(call.client, last=False)  # it never had a turn
+            self._queues[call.client].append(call)
             self._announce_queue(call)
             self._state.notify_all()
         return None
@@ -284,7 +287,7 @@ class Service:
     # ------------------------------------------------------------------------------------- internal
 
     def _new_log(self, call_id: str, client: str) -> CallLog:
-        log = CallLog(call_id, client, self.folder / f"output-{call_id}.log", self._flusher)
+        log = CallLog(call_id, client, self.folder, self._flusher)
         self._logs[call_id] = log
         return log
 
@@ -300,7 +303,7 @@ class Service:
             call.log.emit(head)
 
     def _announce_queue(self, call: Call) -> None:
-        is_running = self._running is not None and not self._running.log.done.is_set()
+        is_running = self._running is not None and not self._running.log.done
         ahead = sum(map(len, self._queues.values())) - 1 + is_running
         if ahead and self._runner is not None:
             text = f"waiting for {ahead} other call{'s' * (ahead > 1)} on this worker"

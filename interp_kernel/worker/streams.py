@@ -15,6 +15,7 @@ from interp_kernel.worker.events import CallLog
 
 SPAWNING = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.exec"}
 FDS = {"stdout": 1, "stderr": 2}
+LATE_BYTES = 16_000_000  # that children of a call may write into the worker's log after its end
 
 
 class Streams:
@@ -33,18 +34,21 @@ class Streams:
         self.shield = shield
         self._log_fd = os.dup(2)
         self._current: CallLog | None = None
-        self._old_threads: set[int] = set()
+        self._old_threads: set[int | None] = set()
+        self._is_child = False
         self._spawned = False
         self._lock = threading.Lock()  # held while a pipe's text is on its way to a log
         self._selector = selectors.DefaultSelector()
         self._pipes = self._new_pipes()
         sys.stdout, sys.stderr = TextStream(self, "stdout"), TextStream(self, "stderr")
         sys.addaudithook(self._notice_spawn)
+        os.register_at_fork(after_in_child=self._become_child)
         threading.Thread(target=self._read_pipes, name="interp-pipes", daemon=True).start()
 
     def begin(self, log: CallLog) -> None:
         """From now on output belongs to `log`."""
-        self._old_threads = {thread.ident or 0 for thread in threading.enumerate()}
+        # By the system's number: `ident` is an address, which the next thread gets as soon as one has ended.
+        self._old_threads = {thread.native_id for thread in threading.enumerate()}
         self._current = log
         for pipe in self._pipes:
             pipe.log = log
@@ -53,17 +57,20 @@ class Streams:
         """All that the call has written so far is in its log; from now on it gets no more."""
         with self._lock:
             for pipe in self._pipes:
-                while pipe.pump(self._log_fd):
-                    pass
+                pipe.pump(self._log_fd)  # once takes a full pipe; a child that never stops must not hold the call
                 pipe.log = None
             self._current = None
-        if self._spawned:  # a child may still hold these pipes, so the next call gets new ones
+        # A child may still hold these pipes, or the call has closed them, so the next call gets new ones.
+        if self._spawned or any(pipe.closed for pipe in self._pipes):
             self._spawned = False
             self._pipes = self._new_pipes()
 
     def write(self, name: str, text: str) -> None:
         """Python-level output of any thread."""
         log = self._current
+        if self._is_child:
+            write_all(FDS[name], text.encode("utf-8", "backslashreplace"))
+            return
         if threading.current_thread() is threading.main_thread():
             if log is not None:
                 with self.shield():
@@ -81,13 +88,19 @@ class Streams:
                 log.flush()
 
     def is_late(self) -> bool:
-        """Whether this thread belongs to a call that has ended."""
-        return threading.get_ident() in self._old_threads and (
-            threading.current_thread() is not threading.main_thread()
+        """Whether this thread belongs to a call that has ended, or to a process that a call has forked."""
+        return self._is_child or (
+            threading.get_native_id() in self._old_threads and threading.current_thread() is not threading.main_thread()
         )
+
+    def _become_child(self) -> None:
+        """A forked child has none of the threads that serve the logs; the descriptors are the parent's pipes."""
+        self._is_child = True
 
     def _new_pipes(self) -> list[Pipe]:
         pipes = []
+        for fd in FDS.values():
+            os.dup2(self._log_fd, fd)  # where a call has closed them, the pipes must not get these numbers
         for name, fd in FDS.items():
             read_fd, write_fd = os.pipe()
             os.set_blocking(read_fd, False)
@@ -120,20 +133,23 @@ class Pipe:
     read_fd: int
     log: CallLog | None
     closed: bool = False
+    late_bytes: int = 0
 
-    def pump(self, log_fd: int) -> bool:
-        """Move what waits in the pipe to its log; False if there was nothing."""
+    def pump(self, log_fd: int) -> None:
+        """Move what waits in the pipe to its log, all that fits into a pipe at once."""
+        if self.closed:
+            return
         try:
             data = os.read(self.read_fd, 1 << 16)
         except BlockingIOError:
-            return False
+            return
         if not data:
             self.closed = True
         elif self.log is not None:
             self.log.write(self.name, data.decode("utf-8", "backslashreplace"))
-        else:
+        elif self.late_bytes < LATE_BYTES:
+            self.late_bytes += len(data)
             write_all(log_fd, data)
-        return bool(data)
 
 
 def write_all(fd: int, data: bytes) -> None:
