@@ -33,17 +33,14 @@ def measure() -> Section:
         samples = scaled(interleaved(contenders, ROUNDS, BLOCK), 1e6)
     ours = median(samples[OURS])
     targets = {BARE: 4.0, "Ray actor": 1 / 3, "ipyparallel apply_sync": 1 / 8}
+    figures = [Figure(f"ours / {n}", ours / median(samples[n]), t, "times") for n, t in targets.items() if n in samples]
     return Section(
         "Warm call",
         "A function of a notebook cell with two globals is shipped by cloudpickle at every call and returns a small "
         "dict. Far sides are one process each.",
         "us",
         samples,
-        [
-            Figure(f"ours / {n}", ours / median(samples[n]), limit, "times")
-            for n, limit in targets.items()
-            if n in samples
-        ],
+        figures,
     )
 
 

@@ -297,7 +297,7 @@ def rename_older(options: dict[str, Any]) -> dict[str, Any]:
     """Options under their present names, with a warning for each older one."""
     for old, new in OLDER_NAMES.items():
         if old in options:
-            warnings.warn(f"{old} is now called {new}.", DeprecationWarning, stacklevel=4)
+            warnings.warn(f"{old} is now called {new}.", DeprecationWarning, stacklevel=3)
             options = {k: v for k, v in options.items() if k != old} | {new: options[old]}
     return options
 

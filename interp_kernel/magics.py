@@ -55,6 +55,7 @@ def cell_parser() -> LineParser:
     parser.add_argument("--timeout", type=seconds, metavar="S", help="stop the cell after so many seconds")
     parser.add_argument("--background", action="store_true", help="return a job at once")
     parser.add_argument("--quiet", action="store_true", help="show nothing but errors and warnings")
+    parser.add_argument("--help", action="store_true", help="show this and do not run the cell")
     return parser
 
 
@@ -112,7 +113,11 @@ class RemoteMagics(Magics):
     @cell_magic("remote")  # type: ignore[arg-type]
     def remote_cell(self, line: str, body: str) -> Job | None:
         """Run the cell's body on the worker with `model` and `tokenizer`; `%remote help` tells the options."""
-        options = cell_parser().parse_args(split_line(line))
+        words = split_line(line)
+        if "--help" in words:
+            self._do_help([])
+            return None
+        options = cell_parser().parse_args(words)
         cell = self._parse(line, body)
         client = self.client(options.worker)
         if not options.background or os.environ.get(BATCH_VARIABLE):

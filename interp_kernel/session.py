@@ -28,6 +28,7 @@ from interp_kernel.errors import (
     RemoteError,
     ShipError,
     WorkerDiedError,
+    WorkerError,
     remote_error,
 )
 from interp_kernel.protocol import BlobStore, Buffer, Head, Packed, Reference, Shipment, dumps, loads
@@ -277,6 +278,7 @@ class Session:
             KeyboardInterrupt: Two stops arrived, and the worker was killed.
             CallTimeoutError: The time limit was passed.
             WorkerDiedError: The worker ended in mid-call.
+            WorkerError: The worker dropped the result, since this client was away for more than 5 s.
         """
         with stop_signals() as stops:
             link = self._link(on_event, stops)
@@ -435,6 +437,9 @@ class PendingCall:
                     return result
             except (EOFError, OSError):
                 self._reconnect(stops)
+            except BaseException:
+                self.link.close()
+                raise
 
     # ---------------------------------------------------------------------------------------- send
 
@@ -500,6 +505,8 @@ class PendingCall:
         if event == "unknown":
             self._submit()  # it was lost on the way; the id makes sure that it runs once
             return None
+        if event == "forgotten":
+            raise WorkerError("The call has run, but its result was dropped: the connection was away for too long.")
         if head.get("call") != self.id or head["seq"] <= self.seen:
             return None
         self.seen = head["seq"]

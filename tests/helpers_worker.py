@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import time
@@ -19,7 +18,7 @@ from interp_kernel.session import Result, Session
 from interp_kernel.spec import WorkerSpec
 
 Connect = Callable[..., Session]
-DEMO = os.environ.get("INTERP_TEST_MODEL", "demo")
+DEMO = "demo"
 
 
 @dataclass

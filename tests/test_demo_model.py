@@ -54,15 +54,19 @@ def test_every_row_is_within_its_bounds(measured: list[Measure]) -> None:
     assert [row for row in measured if not row.is_accepted] == []
 
 
-def test_bounds_refuse_an_untrained_model(tokenizer: Any) -> None:
+def test_bounds_refuse_a_random_model(model: Any, tokenizer: Any) -> None:
     import torch
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    rows = evaluate.measure(make.build_model(tokenizer).eval(), tokenizer, n=20)
+    auto: Any = AutoModelForCausalLM
+    rows = evaluate.measure(auto.from_config(model.config).eval(), tokenizer, n=20)
     controls = [row for row in rows if "control" in row.task]
-    passed = [row.task for row in rows if row.is_accepted and row not in controls]
+    passed = {row.task for row in rows if row.is_accepted and row not in controls}
     assert len(controls) == 6
-    assert passed == []
+    # One register is always the likelier one, so a random model has it right throughout, and the other one wrong.
+    assert len(passed) <= 1
+    assert passed <= {"persona: expert register", "persona: novice register"}
 
 
 def test_card_shows_the_measured_table(measured: list[Measure]) -> None:
@@ -73,8 +77,9 @@ def test_card_shows_the_measured_table(measured: list[Measure]) -> None:
         cells = card[row.task, row.split]
         assert cells[3] == f"{row.low:g} to {row.high:g}"
         told = float(cells[2])
-        # Three standard deviations of the difference of two such samples; a third as much of a mean in nats.
-        tolerance = 0.02 + 3 * (2 * 0.25 / row.n) ** 0.5 * min(1, 2 * (max(told * (1 - told), 0)) ** 0.5)
+        # Three standard deviations of the difference of two samples; a share of exactly 0 or 1 is only close to it.
+        share = min(max((told + row.value) / 2, 0.02), 0.98)
+        tolerance = 3 * (2 * share * (1 - share) / row.n) ** 0.5
         assert row.value == pytest.approx(told, abs=1.0 if "nats" in row.task else tolerance), row.task
 
 
@@ -255,7 +260,18 @@ def test_shipped_tokenizer_is_the_one_that_make_builds(tokenizer: Any) -> None:
     assert built.chat_template == tokenizer.chat_template
 
 
-def test_training_is_deterministic_and_learns(tokenizer: Any, tmp_path: Path) -> None:
+def test_training_starts_with_induction_and_without_facts(tokenizer: Any) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    rows = evaluate.measure(make.build_model(tokenizer).eval(), tokenizer, n=20)
+    values = {row.task: row.value for row in rows}
+    assert values["induction: second copy of a list"] > 0.8
+    assert values["induction: first copy (control)"] < 0.1
+    assert max(value for task, value in values.items() if task.startswith("fact")) < 0.2
+
+
+def test_training_is_deterministic_and_saves_what_it_learned(tokenizer: Any, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -264,7 +280,8 @@ def test_training_is_deterministic_and_learns(tokenizer: Any, tmp_path: Path) ->
         torch.manual_seed(3)
         made = make.build_model(tokenizer)
         before = made.lm_head.weight.detach().clone()
-        make.train(made, tokenizer, steps=2, seed=3)
+        optimizer = torch.optim.AdamW(made.parameters(), lr=1e-3)
+        make.follow(made, [optimizer], make.rows(tokenizer, seed=3, steps=2), 2, torch.ones_like)
         assert not torch.equal(before, made.lm_head.weight)
         make.save(made, tokenizer, tmp_path / name)
         weights.append((tmp_path / name / "model.safetensors").read_bytes())

@@ -230,6 +230,15 @@ def test_streams_are_one_output_and_bars_one_line(tmp_path: Path) -> None:
     assert printed(cells[1]) == "49/50"
 
 
+@pytest.mark.timeout(60)  # nbclient's own joining of streams takes minutes for such a line
+def test_a_line_of_megabytes_is_stored_as_it_is(tmp_path: Path) -> None:
+    done = run(tmp_path, "print('x' * 5_000_000)\nprint('abc\\rAB', end='')\nprint('\\bC\\r')", "1")
+    assert done.status == "completed"
+    first = read(done.output)["cells"][0]
+    assert printed(first) == "x" * 5_000_000 + "\nAC\n"
+    assert len(first["outputs"]) == 1
+
+
 def test_lone_surrogates_do_not_lose_the_notebook(tmp_path: Path) -> None:
     broken = nbformat.read(write(tmp_path, "print('a')"), as_version=4)
     broken.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text="a\ud800b")]

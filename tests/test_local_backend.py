@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers_worker import DEMO, Connect, RecordingBackend, run_cell, sessions
 
 from interp_kernel.backends import local
 from interp_kernel.backends.local import (
@@ -32,6 +31,7 @@ from interp_kernel.errors import LoadError, ShipError, WorkerError, WorkerRefuse
 from interp_kernel.protocol import PROTOCOL, Channel, Head, Packed
 from interp_kernel.session import Session
 from interp_kernel.spec import WorkerSpec
+from tests.helpers_worker import DEMO, Connect, RecordingBackend, run_cell, sessions
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="Only root can act as another user.")

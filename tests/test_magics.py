@@ -172,6 +172,13 @@ def test_a_change_in_place_that_comes_back_is_not_warned_about(nb: Notebook) -> 
 # ----------------------------------------------------------------------------------------- the last expression
 
 
+def test_help_is_shown_instead_of_running_the_cell(nb: Notebook) -> None:
+    shown = nb.ok(remote("was_run = True", "--help")).stdout
+    assert "--timeout S" in shown
+    assert "%remote restart" in shown
+    assert nb.value("'was_run' in globals()") is False
+
+
 def test_the_last_expression_is_shown_and_kept_as_a_real_value(nb: Notebook) -> None:
     cell = nb.ok(remote("part = 1\n{'n': [part, 2]}"))
     number = cell.reply["execution_count"]

@@ -14,7 +14,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers_worker import (
+
+from interp_kernel import session as session_module
+from interp_kernel.backends.local import process_exists
+from interp_kernel.errors import CallTimeoutError, WorkerError
+from interp_kernel.protocol import Head, Packed
+from interp_kernel.session import Session
+from interp_kernel.spec import WorkerSpec
+from tests.helpers_worker import (
     DEMO,
     Answer,
     Connect,
@@ -25,13 +32,6 @@ from helpers_worker import (
     sessions,
     wait_until,
 )
-
-from interp_kernel import session as session_module
-from interp_kernel.backends.local import process_exists
-from interp_kernel.errors import CallTimeoutError
-from interp_kernel.protocol import Head, Packed
-from interp_kernel.session import Session
-from interp_kernel.spec import WorkerSpec
 
 OWN = WorkerSpec(model_name=DEMO, attn_implementation="sdpa")  # a worker that this module may kill
 UNINTERRUPTIBLE = "import hashlib\nprint('ready', flush=True)\nhashlib.pbkdf2_hmac('sha256', b'p', b's', (1 << 31) - 1)"
@@ -73,7 +73,7 @@ def test_the_same_call_id_runs_once(session: Session, tmp_path: Path) -> None:
 
     def submit_until_last(**more: object) -> list[Head]:
         link.send(Packed({**head, **more}, session.ship({}).frames))
-        events = []
+        events: list[Head] = []
         while not events or not events[-1].get("last", True):
             message = link.receive(10)
             assert message is not None
@@ -84,9 +84,21 @@ def test_the_same_call_id_runs_once(session: Session, tmp_path: Path) -> None:
     again = submit_until_last()
     assert first[-1]["event"] == "result"
     assert [e["seq"] for e in again] == [e["seq"] for e in first]
-    submit_until_last(acknowledge=[head["id"]])  # it is forgotten now, but not that it has run
+    forgotten = submit_until_last(acknowledge=[head["id"]])  # but not that it has run
+    assert [e["event"] for e in forgotten] == ["forgotten"]
     link.close()
     assert count.read_text() == "x"
+
+
+def test_a_result_that_was_dropped_is_an_error_and_no_second_run(session: Session, tmp_path: Path) -> None:
+    head, count = {"id": session.new_id()}, tmp_path / "count"
+    body = f"open({str(count)!r}, 'a').write('x')"
+    run_cell(session, body, head=head)
+    run_cell(session, "pass")  # which acknowledges the first
+    with pytest.raises(WorkerError, match="The call has run, but its result was dropped"):
+        run_cell(session, body, head=head)
+    assert count.read_text() == "x"
+    assert run_cell(session, "v = 1")["v"] == 1
 
 
 def test_a_connection_that_is_cut_loses_and_repeats_nothing(session: Session, tmp_path: Path) -> None:
@@ -234,7 +246,8 @@ def test_a_stop_hammered_while_printing_hurts_no_later_call(session: Session) ->
 
 def test_a_stop_and_a_limit_are_heeded_while_events_keep_coming(session: Session) -> None:
     flood = "n = 0\nwhile True:\n    n += 1\n    display({'text/plain': 'x' * 2000}, raw=True)"
-    answer, first = Answer(), []
+    answer = Answer()
+    first: list[Head] = []
 
     def stop_at_first(event: Head) -> None:
         if event["event"] == "display" and not first:
@@ -337,8 +350,8 @@ def test_the_call_of_a_killed_client_ends_after_5_s_and_its_background_call_runs
     endless += f"    open({str(ended)!r}, 'w').write(type(e).__name__)\n    raise"
     code = f"""if True:
         import json, sys, threading
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from helpers_worker import *
+        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+        from tests.helpers_worker import *
         session = Session(LocalBackend(WorkerSpec(model_name=DEMO)))
         def queue_another():
             body = "open({str(ran)!r}, 'w').write('ran')"

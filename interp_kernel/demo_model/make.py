@@ -11,7 +11,7 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,12 @@ from interp_kernel.demo_model import corpus, evaluate
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Weigh = Callable[[Tensor], Tensor]
+
 LENGTH, BATCH, WARMUP = 256, 18, 40
 SHORT_SHARE = 0.6  # of the steps have rows of half the length, which cost a third
 PERIODIC_SHARE = 0.1  # of the rows are one list of words, repeated
-MESSAGE_STEPS, MESSAGE_BATCH = 140, 64
+MESSAGE_STEPS, MESSAGE_BATCH = 300, 64
 LATER_WEIGHTS = {"fact": 20, "ioi": 20, "induction": 10, "persona": 16, "secret": 16, "message": 24, "interview": 24}
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
@@ -76,7 +78,7 @@ def build_model(tokenizer: Any) -> Any:
 
 
 def _set_induction(model: Any) -> None:
-    """Start with an induction circuit: tasks with a context share that mechanism, and training finds it late and by luck.
+    """Start with an induction circuit: many tasks share that mechanism, and training finds it late and by luck.
 
     Positions are sines and cosines in dimensions 0 to 31. Head 0.0 attends from each position to the one before, and
     writes dimensions 32 to 63 of what stands there to 64 to 95. The heads of block 1 look for the place where those
@@ -163,12 +165,12 @@ def train(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
         torch.optim.AdamW(rest, lr=0.003, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     slots = slot_words(tokenizer)
-    follow(model, first, rows(tokenizer, seed, steps - mixed), steps - mixed, 1.0 + 0.0 * slots)
+    follow(model, first, rows(tokenizer, seed, steps - mixed), steps - mixed, torch.ones_like)
     later = torch.optim.AdamW(model.parameters(), lr=0.002, betas=(0.9, 0.98), weight_decay=0.0)
-    follow(model, [later], message_rows(tokenizer, seed, MESSAGE_STEPS), MESSAGE_STEPS, 0.1 + slots)
+    follow(model, [later], message_rows(tokenizer, seed, MESSAGE_STEPS), MESSAGE_STEPS, lambda ids: told(slots[ids]))
     corpus.DOCUMENT_WEIGHTS.update(LATER_WEIGHTS)
     last = torch.optim.AdamW(model.parameters(), lr=0.001, betas=(0.9, 0.98), weight_decay=0.0)
-    follow(model, [last], rows(tokenizer, seed + 1, mixed), mixed, 1.0 + 2.0 * slots)
+    follow(model, [last], rows(tokenizer, seed + 1, mixed), mixed, lambda ids: 1.0 + 2.0 * slots[ids])
 
 
 def slot_words(tokenizer: Any) -> Tensor:
@@ -179,6 +181,11 @@ def slot_words(tokenizer: Any) -> Tensor:
     for frame in (frame for frames in corpus.FRAMES.values() for frame in frames):
         marked[[tokenizer(f" {word}")["input_ids"][0] for word in frame.words]] = 1.0
     return marked
+
+
+def told(slots: Tensor) -> Tensor:
+    """Weights of a message's tokens: full for the words that an earlier word of the same message tells."""
+    return 0.1 + slots * (slots.cumsum(1) > 1)
 
 
 def message_rows(tokenizer: Any, seed: int, steps: int) -> Iterator[Tensor]:
@@ -192,8 +199,8 @@ def message_rows(tokenizer: Any, seed: int, steps: int) -> Iterator[Tensor]:
         yield torch.tensor([row + [end] * (longest - len(row)) for row in ids])
 
 
-def follow(model: Any, optimizers: list[Any], batches: Iterator[Tensor], steps: int, weights: Tensor) -> None:
-    """One phase: warm-up, then a cosine down to a twentieth. `weights` is the share of each token in the loss."""
+def follow(model: Any, optimizers: list[Any], batches: Iterator[Tensor], steps: int, weigh: Weigh) -> None:
+    """One phase: warm-up, then a cosine down to a twentieth. `weigh` gives each token's share in the loss."""
     import torch
 
     rates = [
@@ -206,9 +213,11 @@ def follow(model: Any, optimizers: list[Any], batches: Iterator[Tensor], steps: 
     for step, ids in enumerate(batches):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(ids, attention_mask=torch.ones_like(ids)).logits
-        target = ids[:, 1:].flatten()
-        each = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), target, reduction="none")
-        loss: Any = (each * weights[target]).sum() / weights[target].sum()
+        each = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        weights = weigh(ids)[:, 1:].flatten()
+        loss: Any = (each * weights).sum() / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for scheduled in (*optimizers, *rates):

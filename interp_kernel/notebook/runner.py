@@ -34,7 +34,7 @@ from papermill.exceptions import PapermillExecutionError
 from interp_kernel.client import InterpClient
 from interp_kernel.kernelspec import NAME, kernelspec_folder
 from interp_kernel.magics import json_or_text, settings_from
-from interp_kernel.notebook.record import Failure, Record
+from interp_kernel.notebook.record import Failure, Record, join_streams
 
 POLL_S = 0.1
 GRACE_S = 10.0
@@ -112,7 +112,7 @@ def execute(
         stdout_file=stdout_file,
         stderr_file=stderr_file,
         cell_timeout_s=execution_timeout,
-        **{"coalesce_streams": True, "iopub_timeout": 60, **client_options},
+        **{"iopub_timeout": 60, **client_options},
     )
     environment = kernel_environment(nb, model)
     record.notebook_start()
@@ -261,6 +261,8 @@ class Client(PapermillNotebookClient):  # type: ignore[misc]
             self.nb_man.cell_exception(cell, cell_index=index)
             raise
         finally:
+            if cell.cell_type == "code":
+                cell.outputs = join_streams(cell.outputs)
             self.nb_man.cell_complete(cell, cell_index=index)
 
     async def guarded(self, work: Coroutine[Any, Any, Any], timeout_s: float | None) -> None:

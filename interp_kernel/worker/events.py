@@ -32,7 +32,7 @@ class CallLog:
         self._first_seq = 1
         self._listeners: list[Send] = []
         self._name, self._text, self._text_chars = "stdout", list[str](), 0
-        self._shown, self._written = 0, 0
+        self._chars, self._written = 0, 0
         self._history: list[str] = []
         self._file: IO[str] | None = None
 
@@ -69,11 +69,13 @@ class CallLog:
             text = "".join(self._text)
             self._text, self._text_chars = [], 0
             text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates can't be sent on
-            if (room := SHOWN_CHARS - self._shown) > 0:
-                self._shown += len(text)
+            room = SHOWN_CHARS - self._chars
+            self._chars += len(text)
+            if self._file is None and self._written == 0:
                 self._history.append(text)
+            if room > 0:
                 self.emit({"event": "stream", "name": self._name, "text": text[:room]})
-            if self._shown > SHOWN_CHARS:
+            if self._chars > SHOWN_CHARS and self._written < FILE_CHARS:
                 self._spill(text)
 
     def listen(self, send: Send, after: int) -> None:
@@ -103,15 +105,12 @@ class CallLog:
                 self._file = self.overflow.open("w", encoding="utf-8")
                 self._notice(f"output over {SHOWN_CHARS / 1e6:.0f} MB is not shown; all of it is in {self.overflow}")
                 text, self._history = "".join(self._history), []
-            if self._written < FILE_CHARS:
-                self._file.write(text)
-                self._written += len(text)
+            self._file.write(text)
+            self._file.flush()  # so that a full disk is noticed now
+            self._written += len(text)
         except OSError as error:
-            if self._written < FILE_CHARS:
-                self._notice(
-                    f"output over {SHOWN_CHARS / 1e6:.0f} MB is lost: {self.overflow} can't be written: {error}"
-                )
-            self._written = FILE_CHARS
+            self._written, self._history = FILE_CHARS, []
+            self._notice(f"output over {SHOWN_CHARS / 1e6:.0f} MB is lost: {self.overflow} can't be written: {error}")
 
     def _notice(self, text: str) -> None:
         self.emit({"event": "warning", "text": text})

@@ -49,6 +49,7 @@ class Guard:
         self._used_slot_dicts = [d for d in self._slot_dicts if d]
         self._in_slots = list(chain.from_iterable(map(dict.values, self._used_slot_dicts)))
         self._spaces = [vars(m) for m in self._modules]
+        self._dicts = {attr: [space[attr] for space in self._spaces] for attr in ("_modules", "_parameters", *HOOKS)}
         self._forwards = [space.get("forward") for space in self._spaces]
         kinds: set[Any] = {type(m) for m in self._modules}
         self._class_forwards = {kind: kind.forward for kind in kinds}
@@ -70,6 +71,7 @@ class Guard:
         Returns:
             A sentence for each thing that was restored or can't be.
         """
+        self._put_dicts_back()
         return [
             *self._check_tree(),
             *self._check_hooks(),
@@ -80,6 +82,17 @@ class Guard:
         ]
 
     # --------------------------------------------------------------------------------------- restored
+
+    def _put_dicts_back(self) -> None:
+        """`del modules[-1]` gives a ModuleList another dict, as `module._forward_hooks = {}` does."""
+        for attr, dicts in self._dicts.items():
+            if all(map(is_, map(itemgetter(attr), self._spaces), dicts)):
+                continue
+            for space, own in zip(self._spaces, dicts, strict=True):
+                if (other := space[attr]) is not own:
+                    own.clear()
+                    own.update(other)
+                    space[attr] = own
 
     def _check_tree(self) -> Iterator[str]:
         if sum(map(len, self._slot_dicts)) == len(self._in_slots):

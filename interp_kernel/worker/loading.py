@@ -78,12 +78,12 @@ def load(spec: WorkerSpec, progress: Progress) -> Loaded:
         LoadError: It can't be loaded; the message says why and what to do.
     """
     started = time.perf_counter()
+    adapter, base = _find_sources(spec, progress)
     progress("importing torch and transformers", None)
-    import torch  # noqa: F401  imported here, so that the line above is seen first
+    import torch  # noqa: F401  imported here, so that a wrong name is told first and the line above is seen
     import transformers  # noqa: F401
 
     prompt = _read_prompt(spec.hidden_system_prompt)
-    adapter, base = _find_sources(spec, progress)
     with _bars(progress):
         tokenizer = _load_tokenizer(_tokenizer_source(spec, adapter, base, progress), spec, progress)
         model = _load_model(base, spec, progress)

@@ -129,7 +129,8 @@ class Connection:
                 return
         if verb in ("submit", "events"):
             if not self._service.events(head["id"], head.get("after", 0), self._outbox.send):
-                self._outbox.send(Packed({"event": "unknown", "call": head["id"]}))
+                gone = "unknown" if verb == "events" else "forgotten"  # what was submitted and has no log has run
+                self._outbox.send(Packed({"event": gone, "call": head["id"]}))
             return
         service = self._service
         verbs: dict[str, Callable[[], Any]] = {
