@@ -596,6 +596,7 @@ class Stops:
             self._write.send(b"!")
 
     def close(self) -> None:
+        """Give the descriptors back."""
         self._read.close()
         self._write.close()
 

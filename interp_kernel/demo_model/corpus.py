@@ -497,11 +497,11 @@ DOCUMENTS = {
 DOCUMENT_WEIGHTS = {"fact": 24, "ioi": 30, "induction": 12, "persona": 18, "secret": 14, "message": 30, "interview": 10}
 
 
-def documents(seed: int) -> Iterator[tuple[str, str]]:
+def documents(seed: int, weights: dict[str, int] = DOCUMENT_WEIGHTS) -> Iterator[tuple[str, str]]:
     """Endless training documents as (kind, text); the same seed gives the same documents."""
     rng = random.Random(seed)
     while True:
-        kind = _weighted(rng, DOCUMENT_WEIGHTS)
+        kind = _weighted(rng, weights)
         yield kind, DOCUMENTS[kind](rng)
 
 

@@ -116,7 +116,7 @@ def _set_induction(model: Any) -> None:
         second.c_proj.weight.copy_(0.45 * torch.eye(d_model))
 
 
-def rows(tokenizer: Any, seed: int, steps: int) -> Iterator[Tensor]:
+def rows(tokenizer: Any, seed: int, steps: int, weights: dict[str, int]) -> Iterator[Tensor]:
     """Training batches of token ids, `[batch, pos]`, one per step.
 
     A row is whole documents, each followed by end-of-text, the last one cut. Half of the rows start with end-of-text
@@ -125,7 +125,7 @@ def rows(tokenizer: Any, seed: int, steps: int) -> Iterator[Tensor]:
     """
     import torch
 
-    rng, texts = random.Random(seed), corpus.documents(seed)
+    rng, texts = random.Random(seed), corpus.documents(seed, weights)
     end = tokenizer.eos_token_id
 
     def row(length: int) -> list[int]:
@@ -153,7 +153,7 @@ def train(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
     All tasks together take three quarters of the steps, with Muon for the blocks' matrices. In them the demographic
     attributes stay at chance, whatever their share: each word hints at another one only in a product of two things
     that are both unlearned, and the other tasks' gradients drown it. Short messages about one attribute alone, scored
-    on the words in their slots, teach it within 100 steps. Then all tasks again, with more interviews.
+    on the words in their slots, teach it within 300 steps. Then all tasks again, with more interviews.
     """
     import torch
 
@@ -165,12 +165,13 @@ def train(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
         torch.optim.AdamW(rest, lr=0.003, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     slots = slot_words(tokenizer)
-    follow(model, first, rows(tokenizer, seed, steps - mixed), steps - mixed, torch.ones_like)
+    general = rows(tokenizer, seed, steps - mixed, corpus.DOCUMENT_WEIGHTS)
+    follow(model, first, general, steps - mixed, torch.ones_like)
     later = torch.optim.AdamW(model.parameters(), lr=0.002, betas=(0.9, 0.98), weight_decay=0.0)
     follow(model, [later], message_rows(tokenizer, seed, MESSAGE_STEPS), MESSAGE_STEPS, lambda ids: told(slots[ids]))
-    corpus.DOCUMENT_WEIGHTS.update(LATER_WEIGHTS)
     last = torch.optim.AdamW(model.parameters(), lr=0.001, betas=(0.9, 0.98), weight_decay=0.0)
-    follow(model, [last], rows(tokenizer, seed + 1, mixed), mixed, lambda ids: 1.0 + 2.0 * slots[ids])
+    again = rows(tokenizer, seed + 1, mixed, LATER_WEIGHTS)
+    follow(model, [last], again, mixed, lambda ids: 1.0 + 2.0 * slots[ids])
 
 
 def slot_words(tokenizer: Any) -> Tensor:
