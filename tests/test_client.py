@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from interp_kernel import InterpClient
-from interp_kernel.errors import CallTimeoutError, LostValueError, RemoteError, ShipError, SpecError, TechniqueError
+from interp_kernel.errors import CallTimeoutError, RemoteError, ShipError, SpecError, TechniqueError
 from interp_kernel.session import RemoteValue
 from tests.helpers_worker import DEMO, press_stop, wait_until
 
@@ -309,11 +309,3 @@ def test_a_client_needs_no_torch(client: InterpClient) -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "['text'] []\n"
-
-
-def test_a_handle_is_lost_with_its_worker_and_says_so() -> None:
-    with InterpClient(model_name=DEMO, dtype="float64") as client:
-        handle = client.run(lambda model, tokenizer: __import__("threading").Lock())
-        client.stop()
-        with pytest.raises(LostValueError, match=r"was lost: the worker that held it has ended\. Run"):
-            client.run(lambda model, tokenizer, x: x, handle)

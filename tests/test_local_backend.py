@@ -27,7 +27,7 @@ from interp_kernel.backends.local import (
     socket_path,
     stop_worker,
 )
-from interp_kernel.errors import LoadError, ShipError, WorkerError, WorkerRefusedError
+from interp_kernel.errors import LoadError, LostValueError, ShipError, WorkerError, WorkerRefusedError
 from interp_kernel.protocol import PROTOCOL, Channel, Head, Packed
 from interp_kernel.session import Session
 from interp_kernel.spec import WorkerSpec
@@ -294,7 +294,11 @@ def test_stop_names_what_is_lost(connect: Connect) -> None:
     assert (worker.state, worker.pid, worker.clients) == ("idle", pid, 1)
     assert worker.memory_bytes == pytest.approx(psutil.Process(pid).memory_info().rss, rel=0.2)
     assert session.stop("because of the test") == " Lost with it: big."
-    assert held.is_lost
+    with pytest.raises(LostValueError, match=r"'big', a RemoteValue list of 1, was lost: .* Run the cell that made it"):
+        held.fetch()
+    with pytest.raises(LostValueError, match="'big'"):
+        session.ship({"again": [held]})
+    assert repr(held) == "<RemoteValue list of 1 LOST>"
     assert not process_exists(pid)
     assert session.stop() == ""
     worker = next(w for w in list_workers() if w.key == OWN.key)
