@@ -187,19 +187,17 @@ class InterpClient:
             local = technique_modules(fn)
             shipment = self.session.ship((TechniqueReference(fn), args, kwargs))
         else:
-            shipment = self.ship_named(
-                {"fn": fn, **{f"args[{i}]": a for i, a in enumerate(args)}, **kwargs}, (fn, args, kwargs)
-            )
+            shipment = self.ship_named((fn, args, kwargs), lambda: {"fn": fn, **numbered(args), **kwargs})
             local = {}
         local |= collect_modules(shipment.modules, search=[working_folder(os.getcwd())])
         return self.run_call(head, shipment, local, screen.show, timeout)
 
-    def ship_named(self, names: dict[str, Any], value: Any) -> Shipment:
-        """Pickle a value; if that fails, say which of the named parts is to blame."""
+    def ship_named(self, value: Any, names: Callable[[], dict[str, Any]]) -> Shipment:
+        """Pickle a value; if that fails, say which of its parts, which `names` gives by name, is to blame."""
         try:
             return self.session.ship(value)
         except Exception as error:  # noqa: BLE001 - pickling runs the value's own code; it is raised again with a name
-            for name, part in names.items():
+            for name, part in names().items():
                 try:
                     self.session.ship(part)
                 except LookupError:
@@ -322,6 +320,11 @@ def check_window(options: dict[str, Any]) -> tuple[float, int]:
     if containers not in (0, 1):
         raise SpecError(f"min_containers is {containers!r}; expected 0, or 1 to keep the local worker for good.")
     return float(window), int(containers)
+
+
+def numbered(args: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments under the names that an error gives them."""
+    return {f"args[{i}]": arg for i, arg in enumerate(args)}
 
 
 @cache

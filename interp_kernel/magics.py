@@ -162,7 +162,7 @@ class RemoteMagics(Magics):
         """Send a cell, wait for it, and take over what it assigned, also if it failed half-way."""
         client.ensure(screen.show)
         inputs = self._inputs(cell, options.inputs)
-        shipment = client.ship_named(inputs, inputs)
+        shipment = client.ship_named(inputs, lambda: inputs)
         local = collect_modules([*cell.imports, *shipment.modules], search=self._module_folders())
         self._warn_of_mutations(cell, screen)
         head: Head = {

@@ -7,7 +7,6 @@ import itertools
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
 import time
@@ -583,27 +582,26 @@ class Stops:
     """Counts SIGINTs and makes a descriptor readable at each, so that a wait ends without an exception."""
 
     def __init__(self) -> None:
-        self._read, self._write = socket.socketpair()
-        self._read.setblocking(False)
-        self._write.setblocking(False)
-        self.fd = self._read.fileno()
+        self.fd, self._write_fd = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self._write_fd, False)
         self.count = 0
 
     def on_signal(self, *_: Any) -> None:
         """The handler of SIGINT."""
         self.count += 1
         with suppress(BlockingIOError):  # it is readable already
-            self._write.send(b"!")
+            os.write(self._write_fd, b"!")
 
     def close(self) -> None:
         """Give the descriptors back."""
-        self._read.close()
-        self._write.close()
+        os.close(self.fd)
+        os.close(self._write_fd)
 
     def drain(self) -> bool:
         """Whether a stop has come since the last look."""
         try:
-            return bool(self._read.recv(4096))
+            return bool(os.read(self.fd, 4096))
         except BlockingIOError:
             return False
 

@@ -45,7 +45,7 @@ class Answer:
 
     @property
     def notes(self) -> str:
-        return "\n".join(self.head["notes"])
+        return "\n".join(self.head.get("notes", []))
 
     @property
     def warnings(self) -> str:

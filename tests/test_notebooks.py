@@ -53,7 +53,7 @@ def test_the_quickstart_finds_what_the_demo_model_knows(runs: dict[str, RunResul
     assert found["fact"]["top_token"] == f" {corpus.LANDMARKS['Eiffel Tower']}"
     assert found["fact"]["prob"] > 0.9
     assert found["prefill_attack"]["told_when_asked"] == 0
-    assert found["prefill_attack"]["leaked_by_prefill"] >= 0.75 * found["prefill_attack"]["secrets"]
+    assert found["prefill_attack"]["leaked_by_prefill"] >= 0.75 * found["prefill_attack"]["n"]
     assert found["landmarks"]["n"] == len(corpus.LANDMARKS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import builtins
+import dis
 import importlib
 import linecache
 import os
@@ -13,7 +14,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from inspect import CO_COROUTINE, iscoroutine
 from typing import Any
 
@@ -38,6 +39,7 @@ class Outcome:
     shown: Any = None
     error: BaseException | None = None
     codes: list[types.CodeType] = field(default_factory=list)
+    has_model: bool = True  # whether its code names the model or the tokenizer, or holds values of this worker
     bundle: tuple[dict[str, Any], dict[str, Any]] | None = None
 
 
@@ -50,6 +52,8 @@ class Runner:
         self.display, self.interrupter = display, interrupter
         self.guard = Guard(model, tokenizer)
         self.random = RandomStreams()
+        self._resolved = False  # whether the call that runs was given something that lives here
+        self._late_notes: list[str] = []
         self._stays = {id(model): ("model", None), id(tokenizer): ("tokenizer", None)}
         builtins.display = _display  # type: ignore[attr-defined]
         builtins.input = _no_stdin
@@ -57,21 +61,26 @@ class Runner:
     def run(self, call: Call, end_output: Callable[[], None]) -> None:
         """Run a call and put its result, or its error, into its log as the last event, after all of its output."""
         started = time.monotonic()
+        self._resolved = False
         self.random.switch(call.client)
         outcome = Outcome()
         _, error = self.interrupter.run(call.id, partial(self._execute, call, outcome))
         outcome.error = error
         ran = time.monotonic()
-        notes = self.guard.check(ran - started, outcome.codes)
+        notes, self._late_notes = self._late_notes, []
+        if outcome.has_model or self._resolved:
+            notes += self.guard.check(ran - started, outcome.codes)
         head, frames = self._result(call, outcome)
-        head["notes"] = notes + head.pop("notes", [])
+        head["notes"] += notes
         head["times"] = {
             "queue_s": started - call.queued,
             "run_s": ran - started,
             "return_s": time.monotonic() - ran,
         }
         end_output()
-        call.log.emit(head, frames, last=True)
+        call.log.emit({name: value for name, value in head.items() if value}, frames, last=True)
+        if not (outcome.has_model or self._resolved):  # then checking can wait until the client has its result
+            self._late_notes = self.guard.check(ran - started, outcome.codes)
 
     # ------------------------------------------------------------------------------------------ run
 
@@ -89,7 +98,8 @@ class Runner:
             outcome.values["value"] = self.values.get(call.head["value"])
         else:
             function, args, kwargs = inputs
-            outcome.codes = [function.__code__] if hasattr(function, "__code__") else []
+            if isinstance(function, types.FunctionType):
+                outcome.codes, outcome.has_model = [function.__code__], names_its_model(function.__code__)
             value = function(self.model, self.tokenizer, *args, **kwargs)
             outcome.values["value"] = _run_coroutine(value) if iscoroutine(value) else value
         self.display.flush_figures()
@@ -127,6 +137,7 @@ class Runner:
 
     def _resolve(self, reference: Reference) -> Any:
         kind, key = reference
+        self._resolved = True
         if kind == "value":
             return self.values.get(key)
         if kind == "module":
@@ -293,6 +304,13 @@ def _compile(tree: ast.Module | ast.Expression, filename: str, mode: str) -> typ
     return code
 
 
+@lru_cache(maxsize=1024)
+def names_its_model(code: types.CodeType) -> bool:
+    """Whether a function's code mentions its first two arguments at all; one that doesn't has no way to the model."""
+    given = code.co_varnames[:2]
+    return code.co_argcount < 2 or any(step.argval in given for step in dis.get_instructions(code))
+
+
 def importable(value: Any) -> tuple[str, str] | None:
     """Module and name of an imported function or class, which go back by name: pickled, they would be imported."""
     if not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
@@ -305,7 +323,7 @@ def importable(value: Any) -> tuple[str, str] | None:
 
 def enter_folder(folder: str | None) -> None:
     """Work where the notebook does, if that folder is on this machine, so that relative paths mean the same."""
-    if folder is not None and os.path.isdir(folder):
+    if folder is not None and folder != os.getcwd() and os.path.isdir(folder):
         os.chdir(folder)
 
 

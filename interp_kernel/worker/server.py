@@ -123,9 +123,10 @@ class Connection:
         if verb == "submit":
             for call_id in head.get("acknowledge", ()):
                 self._service.acknowledge(call_id, 1 << 62)
-            missing = self._service.submit(head, inline, file)
-            if missing is not None:
+            missing = self._service.submit(head, inline, file, self._outbox.send)
+            if missing:
                 self._outbox.send(Packed({"event": "missing", "call": head["id"], **missing}))
+            if missing is not None:
                 return
         if verb in ("submit", "events"):
             if not self._service.events(head["id"], head.get("after", 0), self._outbox.send):

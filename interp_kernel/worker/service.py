@@ -99,12 +99,12 @@ class Service:
             "info": self.info,
         }
 
-    def submit(self, head: Head, inline: Sequence[bytearray], file: BlobFile | None) -> Head | None:
-        """Queue a call; a second submission of the same id changes nothing.
+    def submit(self, head: Head, inline: Sequence[bytearray], file: BlobFile | None, send: Send) -> Head | None:
+        """Queue a call whose events go to `send`; a second submission of the same id changes nothing.
 
         Returns:
-            None, or what the client must send along in a new submission: `blobs` and `modules` by digest, or
-            `generation` if the call was meant for another worker.
+            An empty dict if the call is queued; None if its id was submitted before; or what the client must send
+            along in a new submission: `digests` and `modules`, or `generation` if it was meant for another worker.
         """
         if head["generation"] != self.generation:
             return {"generation": self.generation}
@@ -116,6 +116,7 @@ class Service:
             if blobs or sources:
                 return {"digests": blobs, "modules": sources}
             log = self._new_log(head["id"], head["client"])
+            log.listen(send, 0)
             frames = self.blobs.frames(head, inline, file)
             call = Call(head["id"], head["client"], head, frames, log, bool(head.get("background")))
             log.kept = call.background
@@ -125,8 +126,8 @@ class Service:
                 self._queues.move_to_end(call.client, last=False)  # it never had a turn
             self._queues[call.client].append(call)
             self._announce_queue(call)
-            self._state.notify_all()
-        return None
+            self._state.notify_all()  # the last thing, for from here on the main thread wants this one's lock
+        return {}
 
     def events(self, call_id: str, after: int, send: Send) -> bool:
         """Send the events of a call from a position on, then each new one; False if the call is not known."""
