@@ -202,8 +202,9 @@ class Channel:
 
     def send_some(self, data: memoryview, file: BlobFile | None, flags: int = 0) -> int:
         """Send the start of a message, its descriptor attached to the first byte; returns the bytes taken."""
-        fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [file.fd]))] if file else []
-        return self.sock.sendmsg([data], fds, flags)
+        if file is None:
+            return self.sock.send(data, flags)
+        return self.sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [file.fd]))], flags)
 
     def send_rest(self, data: memoryview) -> None:
         """Send what is left of a message; blocks."""
@@ -218,7 +219,7 @@ class Channel:
 
     def fill(self) -> None:
         """Take what the socket has, at least one byte."""
-        data, ancillary, _, _ = self.sock.recvmsg(1 << 16, socket.CMSG_SPACE(16 * 4))
+        data, ancillary, _, _ = self.sock.recvmsg(1 << 15, socket.CMSG_SPACE(16 * 4))
         for level, kind, payload in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._fds.extend(array("i", payload[: len(payload) // 4 * 4]))

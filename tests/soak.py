@@ -16,7 +16,10 @@ from tests.helpers_worker import Answer, run_cell
 
 SOON = "threading.Timer(random.random() / 10, os.kill, (os.getpid(), 9)).start()\nwhile True: "
 WAYS = {
-    "SIGKILL, a child holds on": ("subprocess.Popen(['sleep', '5']); os.kill(os.getpid(), 9)", "killed by SIGKILL"),
+    "SIGKILL, a child holds on": (
+        "if not os.fork():\n    time.sleep(3)\n    os._exit(0)\nos.kill(os.getpid(), 9)",
+        "killed by SIGKILL",
+    ),
     "segfault": ("ctypes.string_at(0)", "killed by SIGSEGV (a crash in native code; see the log)"),
     "os._exit": ("os._exit(7)", "it exited with status 7 by its own code"),
     "SIGKILL inside generate": (SOON + "model.generate(max_new_tokens=9)", "killed by SIGKILL"),
@@ -41,7 +44,7 @@ def die(session: Session, way: str, rng: random.Random) -> Death:
     handle = run_cell(session, f"{name} = [1]", head={"keep": [name]})[name]
     fatal, reason = WAYS[way]
     before = rng.choice(["for i in range(9999): print(i)", "model.generate(max_new_tokens=5)", ""])
-    body = f"import ctypes, os, random, subprocess, threading, time\nrandom.seed({rng.random()})\n{before}\n"
+    body = f"import ctypes, os, random, threading, time\nrandom.seed({rng.random()})\n{before}\n"
     answer, problems, text = Answer(), [], ""
     words: list[float] = []
     answer.on_event = lambda event: words.append(time.monotonic())

@@ -34,7 +34,15 @@ from tests.helpers_worker import (
 )
 
 OWN = WorkerSpec(model_name=DEMO, attn_implementation="sdpa")  # a worker that this module may kill
-UNINTERRUPTIBLE = "import hashlib\nprint('ready', flush=True)\nhashlib.pbkdf2_hmac('sha256', b'p', b's', (1 << 31) - 1)"
+# A stop that arrives before the long operation has begun must not end it either.
+UNINTERRUPTIBLE = """
+import hashlib
+while True:
+    try:
+        print('ready', flush=True)
+        hashlib.pbkdf2_hmac('sha256', b'p', b's', (1 << 31) - 1)
+    except KeyboardInterrupt:
+        pass"""
 
 
 @pytest.fixture

@@ -174,12 +174,14 @@ class LocalLink:
         self._channel.close()
 
     def _check_peer(self) -> None:
-        _, uid = peer(self._channel.sock)
+        pid, uid = peer(self._channel.sock)
         if uid != os.getuid():
             raise WorkerRefusedError(
                 f"The process on {self._channel.sock.getpeername()} belongs to user {uid}, not to you ({os.getuid()}). "
                 "Nothing was sent to it. Remove the socket, or set INTERP_RUNTIME_DIR to a folder of your own."
             )
+        if not process_exists(pid):
+            raise EOFError("the worker is gone, and a child of it keeps its socket")
 
     def _say_hello(self, client: str) -> Head:
         self.send(Packed({"verb": "hello", "client": client}))

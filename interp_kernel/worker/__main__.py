@@ -48,6 +48,7 @@ def work(folder: Path, ready_fd: int) -> None:
     faulthandler.enable(file=os.dup(2))
     signal.signal(signal.SIGTERM, lambda *_: service.stop("it was stopped"))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.register_at_fork(after_in_child=forget_signals)
     settings = json.loads((folder / "spec.json").read_text())
     (folder / f"exit-{os.getpid()}.json").unlink(missing_ok=True)  # of an earlier process that had the same id
     spec = WorkerSpec.from_json(settings["spec"])
@@ -57,6 +58,13 @@ def work(folder: Path, ready_fd: int) -> None:
     os.close(ready_fd)
     tick_forever(service)
     service.run()
+
+
+def forget_signals() -> None:
+    """What a call forks dies of a signal as any process does: `multiprocessing` ends its children by SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def reason(folder: Path, status: int, killed_for_memory: bool) -> str:

@@ -323,7 +323,7 @@ def importable(value: Any) -> tuple[str, str] | None:
 
 def enter_folder(folder: str | None) -> None:
     """Work where the notebook does, if that folder is on this machine, so that relative paths mean the same."""
-    if folder is not None and folder != os.getcwd() and os.path.isdir(folder):
+    if folder is not None and os.path.isdir(folder):
         os.chdir(folder)
 
 

@@ -24,6 +24,7 @@ def listen(path: Path) -> socket.socket:
     finally:
         os.umask(before)
     sock.listen(64)
+    os.register_at_fork(after_in_child=sock.close)  # or what a call forks would answer for a worker that has ended
     return sock
 
 
@@ -121,8 +122,6 @@ class Connection:
     def _handle(self, head: Head, inline: list[bytearray], file: BlobFile | None, client: str) -> None:
         verb = head["verb"]
         if verb == "submit":
-            for call_id in head.get("acknowledge", ()):
-                self._service.acknowledge(call_id, 1 << 62)
             missing = self._service.submit(head, inline, file, self._outbox.send)
             if missing:
                 self._outbox.send(Packed({"event": "missing", "call": head["id"], **missing}))

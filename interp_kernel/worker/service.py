@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from interp_kernel.protocol import PROTOCOL, BlobFile, BlobStore, Head
@@ -74,6 +75,7 @@ class Service:
         self._clients: dict[str, Client] = {}
         self._active = time.monotonic()
         self._state = threading.Condition()
+        self._ready: SimpleQueue[None] = SimpleQueue()  # one item for each call that was queued
         self._new_log(LOAD, "")
 
     # ---------------------------------------------------------------------------------------- verbs
@@ -126,7 +128,7 @@ class Service:
                 self._queues.move_to_end(call.client, last=False)  # it never had a turn
             self._queues[call.client].append(call)
             self._announce_queue(call)
-            self._state.notify_all()  # the last thing, for from here on the main thread wants this one's lock
+        self._ready.put(None)  # the last thing: from here on two threads want Python's lock
         return {}
 
     def events(self, call_id: str, after: int, send: Send) -> bool:
@@ -237,6 +239,8 @@ class Service:
                 runner.run(call, self.streams.end)
             except Exception as failure:  # noqa: BLE001 - the run loop: whatever a result does, the model stays
                 log_failure(call, failure)
+            for call_id in call.head.get("acknowledge", ()):
+                self.acknowledge(call_id, 1 << 62)
             with self._state:
                 self._running = None
                 self._active = time.monotonic()
@@ -245,14 +249,14 @@ class Service:
 
     def _next(self) -> Call:
         """The oldest call of the client that has waited longest for a turn."""
-        with self._state:
-            while not any(self._queues.values()):
-                self._state.wait()
-            client, queue = next((c, q) for c, q in self._queues.items() if q)
-            call = queue.popleft()
-            self._queues.move_to_end(client)
-            self._running = call
-        return call
+        while True:
+            self._ready.get()
+            with self._state:
+                client, queue = next(((c, q) for c, q in self._queues.items() if q), ("", None))
+                if queue:  # else the call was stopped before its turn came
+                    self._queues.move_to_end(client)
+                    self._running = queue.popleft()
+                    return self._running
 
     def _load(self) -> Runner:
         from interp_kernel.worker.display import Display
