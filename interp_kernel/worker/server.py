@@ -123,6 +123,8 @@ class Connection:
         verb = head["verb"]
         if verb == "submit":
             missing = self._service.submit(head, inline, file, self._outbox.send)
+            for call_id in head.get("acknowledge", ()):
+                self._service.acknowledge(call_id, 1 << 62)
             if missing:
                 self._outbox.send(Packed({"event": "missing", "call": head["id"], **missing}))
             if missing is not None:

@@ -239,8 +239,6 @@ class Service:
                 runner.run(call, self.streams.end)
             except Exception as failure:  # noqa: BLE001 - the run loop: whatever a result does, the model stays
                 log_failure(call, failure)
-            for call_id in call.head.get("acknowledge", ()):
-                self.acknowledge(call_id, 1 << 62)
             with self._state:
                 self._running = None
                 self._active = time.monotonic()
