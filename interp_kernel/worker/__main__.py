@@ -42,7 +42,7 @@ def work(folder: Path, ready_fd: int) -> None:
     import faulthandler
 
     from interp_kernel.spec import WorkerSpec
-    from interp_kernel.worker.server import Hub, listen
+    from interp_kernel.worker.server import listen, serve_forever
     from interp_kernel.worker.service import Service, tick_forever
 
     faulthandler.enable(file=os.dup(2))
@@ -53,11 +53,11 @@ def work(folder: Path, ready_fd: int) -> None:
     (folder / f"exit-{os.getpid()}.json").unlink(missing_ok=True)  # of an earlier process that had the same id
     spec = WorkerSpec.from_json(settings["spec"])
     service = Service(spec, folder, settings["scaledown_window"], settings["min_containers"])
-    hub = Hub(service, listen(Path(settings["socket"])))
+    serve_forever(service, listen(Path(settings["socket"])))
     os.write(ready_fd, b"1")
     os.close(ready_fd)
     tick_forever(service)
-    service.run(hub.wait)
+    service.run()
 
 
 def forget_signals() -> None:

@@ -1,12 +1,10 @@
-"""Carries the worker's verbs over a Unix socket; events are pushed."""
+"""Carries the worker's verbs over a Unix socket: one thread per connection reads, events are pushed."""
 
 from __future__ import annotations
 
 import os
-import selectors
 import socket
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -30,65 +28,20 @@ def listen(path: Path) -> socket.socket:
     return sock
 
 
-class Hub:
-    """Reads all connections, in one thread at a time.
+def serve_forever(service: Service, sock: socket.socket) -> None:
+    """Accept connections of this user in a thread."""
 
-    While no call runs that is the main thread itself, so that a call begins without a change of threads, which costs
-    more than the rest of a small call's way. While one runs, a thread of the hub reads, so that it can be stopped.
-    """
-
-    def __init__(self, service: Service, sock: socket.socket) -> None:
-        """Start to accept connections of this user; until the first `wait` in the hub's own thread."""
-        self._service, self._sock = service, sock
-        self._selector = selectors.DefaultSelector()
-        self._wake_fd, self._waker_fd = os.pipe()
-        os.set_blocking(self._wake_fd, False)
-        self._selector.register(sock, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._wake_fd, selectors.EVENT_READ, lambda: os.read(self._wake_fd, 64))
-        self._reads = threading.Lock()  # held by the thread that reads
-        self._busy = threading.Event()
-        self._busy.set()
-        threading.Thread(target=self._watch, name="interp-hub", daemon=True).start()
-
-    def wait(self, until: Callable[[], bool]) -> None:
-        """Read in the main thread until the condition holds."""
-        self._busy.clear()
-        if not self._reads.acquire(blocking=False):
-            os.write(self._waker_fd, b"!")  # the hub's thread waits for messages, and leaves
-            self._reads.acquire()
-        try:
-            while not until():
-                self._read()
-        finally:
-            self._reads.release()
-            self._busy.set()
-
-    def _watch(self) -> None:
+    def accept() -> None:
         while True:
-            self._busy.wait()
-            with self._reads:
-                while self._busy.is_set():
-                    self._read()
+            connection, _ = sock.accept()
+            if peer(connection)[1] != os.getuid():
+                connection.close()
+                continue
+            threading.Thread(
+                target=Connection(service, connection).serve, name="interp-connection", daemon=True
+            ).start()
 
-    def _read(self) -> None:
-        for key, _ in self._selector.select():
-            key.data()
-
-    def _accept(self) -> None:
-        try:
-            sock, _ = self._sock.accept()
-        except OSError:
-            return  # who knocked has left already
-        if peer(sock)[1] != os.getuid():
-            sock.close()
-            return
-        connection = Connection(self._service, sock)
-        self._selector.register(sock, selectors.EVENT_READ, partial(self._serve, sock, connection))
-
-    def _serve(self, sock: socket.socket, connection: Connection) -> None:
-        if not connection.serve():
-            self._selector.unregister(sock)
-            connection.close()
+    threading.Thread(target=accept, name="interp-accept", daemon=True).start()
 
 
 class Outbox:
@@ -145,31 +98,23 @@ class Connection:
         self._service = service
         self._channel = Channel(sock)
         self._outbox = Outbox(self._channel)
-        self._client: str | None = None
 
-    def serve(self) -> bool:
-        """Answer what has arrived; False once the client is gone. Its first message says who it is."""
+    def serve(self) -> None:
+        """Answer until the client is gone. Its first message says who it is."""
+        client = None
         try:
-            self._channel.fill()
-            while (message := self._channel.received()) is not None:
-                if self._client is None:
-                    self._client = str(message[0]["client"])
-                    self._service.connected(self._client)
-                    self._answer(message[0], self._service.hello())
-                else:
-                    self._handle(*message, self._client)
+            head, _, _ = self._channel.receive()
+            client = str(head["client"])
+            self._service.connected(client)
+            self._answer(head, self._service.hello())
+            while True:
+                self._handle(*self._channel.receive(), client)
         except (EOFError, OSError):
-            return False  # the client has left; the tick does what follows from that
-        except Exception:  # noqa: BLE001 - who talks nonsense is hung up on, and nobody else suffers
-            traceback.print_exc()
-            return False
-        return True
-
-    def close(self) -> None:
-        """End the connection."""
-        if self._client is not None:
-            self._service.disconnected(self._client)
-        self._channel.close()
+            pass  # the client has left; the tick does what follows from that
+        finally:
+            if client is not None:
+                self._service.disconnected(client)
+            self._channel.close()
 
     def _answer(self, head: Head, reply: Any) -> None:
         self._outbox.send(Packed({"event": "reply", "request": head.get("request"), "value": reply}))
@@ -201,9 +146,6 @@ class Connection:
             "hold": lambda: service.hold(client),
             "stop": lambda: service.stop(head["reason"]),
         }
-        if verb in ("complete", "inspect"):  # these run the objects' own code, which must not hold up a stop
-            threading.Thread(target=lambda: self._answer(head, verbs[verb]()), daemon=True).start()
-            return
         reply = verbs[verb]()
         if "request" in head:
             self._answer(head, reply)

@@ -13,10 +13,11 @@ import threading
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from interp_kernel.protocol import PROTOCOL, BlobFile, BlobStore, Head
@@ -74,6 +75,7 @@ class Service:
         self._clients: dict[str, Client] = {}
         self._active = time.monotonic()
         self._state = threading.Condition()
+        self._ready: SimpleQueue[None] = SimpleQueue()  # one item for each call that was queued
         self._new_log(LOAD, "")
 
     # ---------------------------------------------------------------------------------------- verbs
@@ -126,7 +128,7 @@ class Service:
                 self._queues.move_to_end(call.client, last=False)  # it never had a turn
             self._queues[call.client].append(call)
             self._announce_queue(call)
-            self._state.notify_all()
+        self._ready.put(None)  # the last thing: from here on two threads want Python's lock
         return {}
 
     def events(self, call_id: str, after: int, send: Send) -> bool:
@@ -220,18 +222,8 @@ class Service:
 
     # ---------------------------------------------------------------------------------- main thread
 
-    def wait(self, until: Callable[[], bool]) -> None:
-        """Sleep until the condition holds; it is about queued calls."""
-        with self._state:
-            while not until():
-                self._state.wait()
-
-    def run(self, wait: Callable[[Callable[[], bool]], None] | None = None) -> None:
-        """Load the model, then run calls until the process ends. Main thread only.
-
-        Args:
-            wait: Sleeps until a condition holds, as `wait` does; a carrier may use the main thread meanwhile.
-        """
+    def run(self) -> None:
+        """Load the model, then run calls until the process ends. Main thread only."""
         log = self._logs[LOAD]
         self.streams.begin(log)
         runner, error = self.interrupter.run(LOAD, self._load)
@@ -241,7 +233,7 @@ class Service:
         self._runner = runner
         log.emit({"event": "result", "info": self.info}, last=True)
         while True:
-            call = self._next(wait or self.wait)
+            call = self._next()
             self.streams.begin(call.log)
             try:
                 runner.run(call, self.streams.end)
@@ -253,10 +245,10 @@ class Service:
                 del self._calls[call.id]
             del call  # else its inputs stay until the next one
 
-    def _next(self, wait: Callable[[Callable[[], bool]], None]) -> Call:
+    def _next(self) -> Call:
         """The oldest call of the client that has waited longest for a turn."""
         while True:
-            wait(lambda: any(self._queues.values()))
+            self._ready.get()
             with self._state:
                 client, queue = next(((c, q) for c, q in self._queues.items() if q), ("", None))
                 if queue:  # else the call was stopped before its turn came
