@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from textwrap import indent
+from typing import Any
 
 import pytest
 
+from interp_kernel.client import InterpClient
 from interp_kernel.session import Session
 from interp_kernel.spec import WorkerSpec
 from tests.helpers_worker import DEMO, press_stop, run_cell, sessions
@@ -167,3 +169,29 @@ def test_what_cannot_be_restored_is_reported_with_the_cure(kind: str, session: S
     assert damage[-1] in answer.notes
     after = state_of(session)  # it is told once
     assert after != before
+
+
+def test_a_function_that_hides_its_way_to_the_model_is_told_of_with_the_next_call(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its code never names `model`, so it may return before the model is checked; the damage is undone all the same."""
+
+    def leak(*_: object) -> None:
+        import gc
+
+        from transformers import GPT2LMHeadModel
+
+        loaded = next(o for o in gc.get_objects() if isinstance(o, GPT2LMHeadModel))
+        loaded.register_forward_hook(lambda *_: None)
+
+    def innocent(left: object, right: object) -> None:
+        return leak()
+
+    def hooks(model: Any, tokenizer: object) -> int:
+        return len(model._forward_hooks)
+
+    with InterpClient() as client:
+        before = client.run(hooks)
+        client.run(innocent)
+        assert client.run(hooks) == before
+    assert "left 1 hook on the model: removed" in capsys.readouterr().err

@@ -54,6 +54,7 @@ class Runner:
         self.random = RandomStreams()
         self._resolved = False  # whether the call that runs was given something that lives here
         self._late_notes: list[str] = []
+        self.unchecked = False  # whether a call has run since the model was last checked
         self._stays = {id(model): ("model", None), id(tokenizer): ("tokenizer", None)}
         builtins.display = _display  # type: ignore[attr-defined]
         builtins.input = _no_stdin
@@ -68,7 +69,8 @@ class Runner:
         outcome.error = error
         ran = time.monotonic()
         notes, self._late_notes = self._late_notes, []
-        if outcome.has_model or self._resolved:
+        self.unchecked = not (outcome.has_model or self._resolved)
+        if not self.unchecked:
             notes += self.guard.check(ran - started, outcome.codes)
         head, frames = self._result(call, outcome)
         head["notes"] += notes
@@ -79,8 +81,11 @@ class Runner:
         }
         end_output()
         call.log.emit({name: value for name, value in head.items() if value}, frames, last=True)
-        if not (outcome.has_model or self._resolved):  # then checking can wait until the client has its result
-            self._late_notes = self.guard.check(ran - started, outcome.codes)
+
+    def check(self) -> None:
+        """Check the model after calls whose code never mentions it; what is found is told with the next call."""
+        self.unchecked = False
+        self._late_notes += self.guard.check(0.0, ())
 
     # ------------------------------------------------------------------------------------------ run
 
@@ -92,14 +97,17 @@ class Runner:
         for filename, (text, _) in call.head.get("files", {}).items():
             linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
         inputs: Any = loads(call.frames, self._resolve) if call.frames else None
+        if kind == "function" and isinstance(function := inputs[0], types.FunctionType):
+            outcome.codes, outcome.has_model = [function.__code__], names_its_model(function.__code__)
+        if self.unchecked and (outcome.has_model or self._resolved):
+            with self.interrupter.shield():
+                self.check()  # so that what an earlier call did is not put down to this one
         if kind == "cell":
             self._run_cell(call.head["cell"], inputs, outcome)
         elif kind == "fetch":
             outcome.values["value"] = self.values.get(call.head["value"])
         else:
             function, args, kwargs = inputs
-            if isinstance(function, types.FunctionType):
-                outcome.codes, outcome.has_model = [function.__code__], names_its_model(function.__code__)
             value = function(self.model, self.tokenizer, *args, **kwargs)
             outcome.values["value"] = _run_coroutine(value) if iscoroutine(value) else value
         self.display.flush_figures()
@@ -323,7 +331,11 @@ def importable(value: Any) -> tuple[str, str] | None:
 
 def enter_folder(folder: str | None) -> None:
     """Work where the notebook does, if that folder is on this machine, so that relative paths mean the same."""
-    if folder is not None and os.path.isdir(folder):
+    try:
+        here = os.getcwd()
+    except OSError:
+        here = ""  # it has been deleted
+    if folder is not None and folder != here and os.path.isdir(folder):
         os.chdir(folder)
 
 

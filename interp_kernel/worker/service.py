@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from interp_kernel.protocol import PROTOCOL, BlobFile, BlobStore, Head
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # these load torch, which the worker does only once clients c
 
 LOAD = "load"  # the id of the first call, which loads the model
 ORPHAN_S = 5.0
+PAUSE_S = 0.002
 REMEMBERED_IDS = 10_000
 
 
@@ -248,13 +249,23 @@ class Service:
     def _next(self) -> Call:
         """The oldest call of the client that has waited longest for a turn."""
         while True:
-            self._ready.get()
+            self._await_call()
             with self._state:
                 client, queue = next(((c, q) for c, q in self._queues.items() if q), ("", None))
                 if queue:  # else the call was stopped before its turn came
                     self._queues.move_to_end(client)
                     self._running = queue.popleft()
                     return self._running
+
+    def _await_call(self) -> None:
+        """Sleep until a call is queued. A pause is the time to check the model, if the last calls left that out."""
+        if self._runner is not None and self._runner.unchecked:
+            try:
+                self._ready.get(timeout=PAUSE_S)
+                return
+            except Empty:
+                self._runner.check()
+        self._ready.get()
 
     def _load(self) -> Runner:
         from interp_kernel.worker.display import Display
