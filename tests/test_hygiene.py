@@ -195,3 +195,19 @@ def test_a_function_that_hides_its_way_to_the_model_is_told_of_with_the_next_cal
         client.run(innocent)
         assert client.run(hooks) == before
     assert "left 1 hook on the model: removed" in capsys.readouterr().err
+
+
+def test_an_uncounted_write_by_a_function_that_hides_its_way_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    def innocent(left: object, right: object) -> None:
+        import gc
+
+        from transformers import GPT2LMHeadModel
+
+        loaded = next(o for o in gc.get_objects() if isinstance(o, GPT2LMHeadModel))
+        loaded.transformer.ln_f.bias.data.add_(1)
+
+    client = InterpClient(dtype="float64")
+    client.run(innocent)
+    client.run(lambda model, tokenizer: model.dtype)
+    client.stop()
+    assert "changed 1 weights of the model (transformer.ln_f.bias)" in capsys.readouterr().err

@@ -54,7 +54,8 @@ class Runner:
         self.random = RandomStreams()
         self._resolved = False  # whether the call that runs was given something that lives here
         self._late_notes: list[str] = []
-        self.unchecked = False  # whether a call has run since the model was last checked
+        self.unchecked: set[types.CodeType] = set()  # code that ran since the model was last checked
+        self._unchecked_s = 0.0  # the longest of its runs
         self._stays = {id(model): ("model", None), id(tokenizer): ("tokenizer", None)}
         builtins.display = _display  # type: ignore[attr-defined]
         builtins.input = _no_stdin
@@ -69,8 +70,10 @@ class Runner:
         outcome.error = error
         ran = time.monotonic()
         notes, self._late_notes = self._late_notes, []
-        self.unchecked = not (outcome.has_model or self._resolved)
-        if not self.unchecked:
+        if not (outcome.has_model or self._resolved):
+            self.unchecked.update(outcome.codes)
+            self._unchecked_s = max(self._unchecked_s, ran - started)
+        else:
             notes += self.guard.check(ran - started, outcome.codes)
         head, frames = self._result(call, outcome)
         head["notes"] += notes
@@ -84,8 +87,8 @@ class Runner:
 
     def check(self) -> None:
         """Check the model after calls whose code never mentions it; what is found is told with the next call."""
-        self.unchecked = False
-        self._late_notes += self.guard.check(0.0, ())
+        self._late_notes += self.guard.check(self._unchecked_s, self.unchecked)
+        self.unchecked, self._unchecked_s = set(), 0.0
 
     # ------------------------------------------------------------------------------------------ run
 
