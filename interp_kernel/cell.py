@@ -6,12 +6,15 @@ import ast
 import builtins
 import difflib
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from interp_kernel.dataflow import Names, analyse
 from interp_kernel.imports import imported_modules
+
+REMOTE_CELL = re.compile(r"(\s*%%.*\n)*\s*%%remote\b")  # other cell magics may stand above
 
 # What a module has of its own; the worker gives its namespace other values for these.
 _MODULE_ATTRIBUTES = frozenset(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from interp_kernel.cell import REMOTE_CELL
 from interp_kernel.session import RemoteValue
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 MATCHER = "interp_kernel.remote"
 ANSWER_S = 0.5
 REMOTE_LINE = re.compile(r"\s*%%remote\b")
-REMOTE_CELL = re.compile(r"(\s*%%.*\n)*\s*%%remote\b")  # other cell magics may stand above
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.\w*)*$")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
+from interp_kernel.cell import REMOTE_CELL
+
 PLOTLY = "application/vnd.plotly.v1+json"
-REMOTE = re.compile(r"\s*(%%.*\n)*%%remote\b")
 # nbconvert's own page waits for two scripts of a CDN before it shows anything. Only formulas need one of them.
 PAGE = """{% extends "lab/index.html.j2" %}
 {% block html_head_js_requirejs %}{% endblock %}
@@ -31,7 +31,7 @@ def write_html(notebook: Path) -> Path:
     for index, data in enumerate(figures):
         data["text/html"] = _figure_html(data.pop(PLOTLY), with_code=index == 0)
     for cell in nb.cells:
-        if REMOTE.match(cell.source):
+        if REMOTE_CELL.match(cell.source):
             cell.metadata["magics_language"] = "python"  # else pygments leaves the body of an unknown magic uncoloured
     exporter = HTMLExporter(template_name="lab", raw_template=PAGE)
     page, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": notebook.stem}})
