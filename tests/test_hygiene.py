@@ -206,7 +206,7 @@ def test_an_uncounted_write_by_a_function_that_hides_its_way_is_found(capsys: py
         loaded = next(o for o in gc.get_objects() if isinstance(o, GPT2LMHeadModel))
         loaded.transformer.ln_f.bias.data.add_(1)
 
-    client = InterpClient(dtype="float64")
+    client = InterpClient(dtype="bfloat16")  # a worker of its own, since its model is damaged
     client.run(innocent)
     client.run(lambda model, tokenizer: model.dtype)
     client.stop()
