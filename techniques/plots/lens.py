@@ -1,12 +1,10 @@
-"""Plotly figures of technique results; no model is needed, so a stored result can be drawn again anywhere.
-
-Colours and backgrounds work on light and dark pages alike, and text fits the width of a notebook.
-"""
+"""Figures of the lenses and of token probabilities."""
 
 from __future__ import annotations
 
-import html
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from techniques.plots._style import AXIS, INK, LAYOUT, LINES, SCALE, label, quoted
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -14,25 +12,6 @@ if TYPE_CHECKING:
     from techniques._tokens import TokenProb
     from techniques.analyze_token_probs import TokenProbs
     from techniques.logit_lens import LensRow, LogitLens
-
-INK = "#808898"  # mid grey: readable on white and on near-black
-GRID = "rgba(128, 136, 152, 0.25)"
-LINES = ("#e4572e", "#2a9d8f", "#4c78d8", "#c28f00", "#9d5fd0")
-SCALE = "Viridis"
-LAYOUT: dict[str, Any] = {
-    "template": "none",
-    "paper_bgcolor": "rgba(0, 0, 0, 0)",
-    "plot_bgcolor": "rgba(0, 0, 0, 0)",
-    "font": {"color": INK, "size": 13},
-    "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": GRID, "activecolor": INK},
-}
-AXIS: dict[str, Any] = {
-    "gridcolor": GRID,
-    "zeroline": False,
-    "showline": False,
-    "ticks": "",
-    "title": {"font": {"size": 13}, "standoff": 8},
-}
 
 
 def plot_logit_lens(result: LogitLens, prompt: int = 0) -> Figure:
@@ -58,7 +37,7 @@ def plot_logit_lens(result: LogitLens, prompt: int = 0) -> Figure:
     _add_lens_cells(figure, result, rows, prompt)
     if has_targets:
         at = result["prompts"][prompt]["tokens"][rows[-1]["position"]]
-        _add_targets(figure, rows, f"probability at {_quoted(at)}")
+        _add_targets(figure, rows, f"probability at {quoted(at)}")
     depths = range(result["n_layers"] + 1)
     names = ["embedding", *(f"after block {depth - 1}" for depth in depths if depth)]
     figure.update_yaxes(AXIS)
@@ -85,7 +64,7 @@ def plot_token_probs(result: TokenProbs) -> Figure:
     figure = make_subplots(
         len(rows),
         1,
-        subplot_titles=[_label(row["text"][-80:]) for row in rows],
+        subplot_titles=[label(row["text"][-80:]) for row in rows],
         vertical_spacing=min(0.35 / len(rows), 0.16),
     )
     figure.update_annotations(font={"size": 13, "color": INK}, x=0, xanchor="left")
@@ -111,7 +90,7 @@ def _add_lens_cells(figure: Figure, result: LogitLens, rows: list[LensRow], prom
     figure.add_trace(
         go.Heatmap(
             z=[[row["top"][0]["prob"] for row in line] for line in grid],
-            text=[[_label(row["top"][0]["token"]) for row in line] for line in grid],
+            text=[[label(row["top"][0]["token"]) for row in line] for line in grid],
             customdata=[[_hover(row) for row in line] for line in grid],
             texttemplate="%{text}",
             hovertemplate="%{customdata}<extra></extra>",
@@ -125,7 +104,7 @@ def _add_lens_cells(figure: Figure, result: LogitLens, rows: list[LensRow], prom
         row=1,
         col=1,
     )
-    labels = [_label(tokens[position]) for position in positions]
+    labels = [label(tokens[position]) for position in positions]
     # Columns are numbered, since the same token may stand at several positions.
     figure.update_xaxes(
         AXIS, tickvals=list(range(len(positions))), ticktext=labels, title_text="at token", row=1, col=1
@@ -144,7 +123,7 @@ def _add_targets(figure: Figure, rows: list[LensRow], where: str) -> None:
                 x=[point["prob"] for point in seen],
                 y=depths,
                 customdata=[point["rank"] for point in seen],
-                name=_label(target["token"]),
+                name=label(target["token"]),
                 mode="lines+markers",
                 line={"color": LINES[i % len(LINES)], "width": 2.5},
                 hovertemplate="%{x:.3g}, rank %{customdata}",
@@ -167,34 +146,19 @@ def _add_bars(figure: Figure, tokens: list[TokenProb], row: int) -> None:
             text=[f"{token['prob']:.1%}" for token in tokens],
             textposition="outside",
             cliponaxis=False,
-            customdata=[[_quoted(token["token"]), token["id"], token["logprob"]] for token in tokens],
+            customdata=[[quoted(token["token"]), token["id"], token["logprob"]] for token in tokens],
             hovertemplate="%{customdata[0]} (id %{customdata[1]})<br>logprob %{customdata[2]:.3f} nats<extra></extra>",
         ),
         row=row,
         col=1,
     )
     figure.update_yaxes(
-        tickvals=list(range(len(tokens))), ticktext=[_label(token["token"]) for token in tokens], row=row, col=1
+        tickvals=list(range(len(tokens))), ticktext=[label(token["token"]) for token in tokens], row=row, col=1
     )
 
 
 def _hover(row: LensRow) -> str:
-    lines = [f"{_quoted(token['token'])}  {token['prob']:.1%}" for token in row["top"]]
-    lines += [f"target {_quoted(t['token'])}  {t['prob']:.2%}, rank {t['rank']}" for t in row["targets"]]
+    lines = [f"{quoted(token['token'])}  {token['prob']:.1%}" for token in row["top"]]
+    lines += [f"target {quoted(t['token'])}  {t['prob']:.2%}, rank {t['rank']}" for t in row["targets"]]
     lines += [f"entropy {row['entropy']:.2f} nats", f"KL to the output {row['kl_to_final']:.2f} nats"]
     return "<br>".join(lines)
-
-
-def _label(token: str) -> str:
-    """A token for an axis or a cell; white space alone gets a sign, and nothing is read as markup."""
-    signs = {
-        " ": "\N{OPEN BOX}",
-        "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}",
-        "\t": "\N{RIGHTWARDS ARROW TO BAR}",
-    }
-    return html.escape(token if token.strip() else "".join(signs.get(c, c) for c in token), quote=False)
-
-
-def _quoted(token: str) -> str:
-    """A token for a hover label, where leading spaces have to be seen."""
-    return html.escape(repr(token), quote=False)
