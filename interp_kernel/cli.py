@@ -270,16 +270,9 @@ def install_kernelspec(arguments: argparse.Namespace) -> int:
 
 def list_techniques(arguments: argparse.Namespace) -> int:
     """`interp-kernel techniques list`."""
-    import importlib.util
+    from interp_kernel.catalogue import listing, package_techniques
 
-    from interp_kernel.errors import TechniqueError
-    from interp_kernel.sources import read_techniques
-
-    spec = importlib.util.find_spec("techniques")
-    if spec is None or not spec.submodule_search_locations:
-        raise TechniqueError("The package `techniques` is not installed; install interp-kernel again.")
-    for technique in read_techniques(Path(next(iter(spec.submodule_search_locations)))):
-        print(f"{technique.name}{technique.signature.removeprefix(technique.name)}\n    {technique.purpose}")
+    print(listing(package_techniques()))
     return 0
 
 

@@ -354,12 +354,9 @@ class RemoteMagics(Magics):
 
     def _do_techniques(self, words: list[str]) -> None:
         """List the techniques: those of the package, or of a folder."""
-        import importlib.util
+        from interp_kernel.catalogue import listing, package_techniques
 
-        spec = importlib.util.find_spec("techniques")
-        folders = [Path(w) for w in words] or [Path(p) for p in (spec.submodule_search_locations or () if spec else ())]
-        for technique in (t for folder in folders for t in read_techniques(folder)):
-            print(f"{technique.name}{technique.signature}\n    {technique.purpose}")
+        print(listing(t for w in words for t in read_techniques(Path(w))) if words else listing(package_techniques()))
 
     def _do_help(self, words: list[str]) -> None:
         """Say what the magics can do."""

@@ -146,11 +146,9 @@ def test_unknown_worker_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_techniques_are_listed_with_their_purpose(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["techniques", "list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    listed = dict(zip(lines[::2], lines[1::2], strict=True))
-    assert {"generate_text", "analyze_token_probs", "prefill_attack", "logit_lens"} <= {
-        line.partition("(")[0] for line in listed
-    }
+    entries = [line for line in capsys.readouterr().out.splitlines() if line]
+    listed = {line.partition("(")[0]: entries[i + 1] for i, line in enumerate(entries) if not line.startswith(" ")}
+    assert {"generate_text", "analyze_token_probs", "prefill_attack", "logit_lens"} <= listed.keys()
     assert all(purpose.strip() for purpose in listed.values())
 
 

@@ -344,7 +344,7 @@ def test_interrupt_stops_background_cells(nb: Notebook) -> None:
 def test_techniques_lists_the_packages_own_and_a_folders(nb: Notebook, tmp_path: Path) -> None:
     assert "logit_lens(model" in nb.ok("%remote techniques").stdout
     (tmp_path / "mine.py").write_text('def mine(model, tokenizer, n: int = 3):\n    """Count to n."""\n    return n\n')
-    assert nb.ok(f"%remote techniques {tmp_path}").stdout == "mine(model, tokenizer, n: int=3)\n    Count to n.\n"
+    assert nb.ok(f"%remote techniques {tmp_path}").stdout == "mine(model, tokenizer, n=3)\n    Count to n.\n"
 
 
 def test_logs_shows_what_reached_the_workers_own_output(nb: Notebook) -> None:
