@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import Any, TypedDict, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from techniques._tokens import check_context, pad
+from techniques._tokens import chat_ids, check_context, check_eval, check_finite, encode, pad
 
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50}
 
@@ -29,6 +31,25 @@ class Continuation(TypedDict):
     finished: bool
 
 
+class Completion(Continuation):
+    """A continuation and the prompt that it belongs to."""
+
+    prompt: str
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: bool, system: str | None
+) -> list[list[int]]:
+    """Token ids of prompts as plain text or, with `chat`, as a user message each.
+
+    Raises:
+        ValueError: There is no prompt, one has no tokens, or a system message has no chat to stand in.
+    """
+    if system is not None and not chat:
+        raise ValueError("A system message was given for plain text; it needs the chat template. Pass chat=True.")
+    return [chat_ids(tokenizer, text, system) for text in prompts] if chat and prompts else encode(tokenizer, prompts)
+
+
 @torch.inference_mode()
 def continue_tokens(
     model: PreTrainedModel,
@@ -37,22 +58,27 @@ def continue_tokens(
     *,
     max_new_tokens: int,
     temperature: float,
-    seed: int,
+    seed: int | Sequence[int],
 ) -> list[Continuation]:
     """Continue each sequence of token ids; greedy at temperature 0, else sampled from the whole distribution.
 
     The checkpoint's own sampling defaults (top-k, top-p, repetition penalty) are switched off: what comes back is
-    what the model's probabilities say.
+    what the model's probabilities say. One seed draws for the whole batch; with a seed for each row, a row's sample
+    depends on that seed alone.
 
     Raises:
-        ValueError: max_new_tokens or temperature is out of range, or a sequence does not fit the context.
+        ValueError: max_new_tokens or temperature is out of range, a sequence does not fit the context, the model is
+            in train mode, or a logit is not finite.
     """
-    _check_options(max_new_tokens, temperature)
+    check_eval(model)
+    check_options(max_new_tokens, temperature)
     check_context(model, ids, max_new_tokens)
     ends = _end_ids(model)
     filler = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     batch = pad(ids, "left", filler, model.device)
-    with own_random_stream(model, seed), _without_mask_warning():
+    own_seeds = None if isinstance(seed, int) else seed
+    is_drawn_by_torch = temperature > 0 and own_seeds is None
+    with own_random_stream(model, seed if isinstance(seed, int) else 0), _without_mask_warning():
         output = cast(Any, model).generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -61,18 +87,36 @@ def continue_tokens(
             num_beams=1,
             repetition_penalty=1.0,
             top_p=1.0,
+            logits_processor=_processors(temperature, own_seeds),
             # Greedy decoding warns about sampling options that are not transformers' defaults.
-            **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else GREEDY),
+            **({"do_sample": True, "temperature": temperature, "top_k": 0} if is_drawn_by_torch else GREEDY),
         )
     new = output[:, batch.input_ids.shape[1] :].tolist()
     return [_continuation(tokenizer, row, ends) for row in new]
 
 
-def _check_options(max_new_tokens: int, temperature: float) -> None:
+def check_options(max_new_tokens: int, temperature: float) -> None:
+    """Raise a ValueError unless there is at least one new token, and a temperature of 0 or more."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; expected 0 for greedy decoding or a positive number.")
+
+
+def _processors(temperature: float, seeds: Sequence[int] | None) -> LogitsProcessorList:
+    """What `generate` does to the logits of each step before it draws."""
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds or []]
+
+    def check(_: Int[Tensor, "batch pos"], logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch d_vocab"]:
+        check_finite(logits)
+        return logits
+
+    def draw(_: Int[Tensor, "batch pos"], logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch d_vocab"]:
+        # The largest of logits plus Gumbel noise is a draw from their softmax, and each row has noise of its own.
+        waits = [torch.empty(logits.shape[-1], dtype=torch.float64).exponential_(generator=g) for g in streams]
+        return logits / temperature - torch.stack(waits).log().to(logits.device, logits.dtype)
+
+    return LogitsProcessorList([check, draw] if temperature and streams else [check])
 
 
 def _end_ids(model: PreTrainedModel) -> set[int]:

@@ -75,6 +75,15 @@ def pad(ids: Sequence[Sequence[int]], side: Literal["left", "right"], filler: in
     return Batch(torch.tensor(filled, device=device), torch.tensor(masks, device=device))
 
 
+def check_eval(model: PreTrainedModel) -> None:
+    """Raise a ValueError if any part of the model is in train mode, where dropout would change every run."""
+    if any(part.training for part in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is in train mode, in which dropout changes every run; expected eval mode. "
+            "Call model.eval() first."
+        )
+
+
 def check_context(model: PreTrainedModel, ids: Sequence[Sequence[int]], new_tokens: int = 0) -> None:
     """Refuse what does not fit the model's context; on a GPU an index out of range would end the worker.
 
@@ -133,6 +142,26 @@ def single_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
         f"The target {text!r} is {len(pieces)} tokens, {pieces}; expected one. "
         "Check its leading space, or choose the piece in which the answers differ."
     )
+
+
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, answers: tuple[str, str] | Sequence[tuple[str, str]], n: int
+) -> Int[Tensor, "n 2"]:
+    """Ids of (right, wrong) answers for `n` prompts: one pair for all of them, or one for each; on the CPU.
+
+    Raises:
+        ValueError: There are not as many pairs as prompts, an answer is not one token, or both are the same token.
+    """
+    pairs: list[Any] = [answers] * n if len(answers) == 2 and isinstance(answers[0], str) else list(answers)
+    if len(pairs) != n or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            f"answers is {answers!r} for {n} prompts; expected one pair (right answer, wrong answer), or one for each."
+        )
+    ids = torch.tensor([[single_token_id(tokenizer, text) for text in pair] for pair in pairs])
+    for pair, (right, wrong) in zip(pairs, ids.tolist(), strict=True):
+        if right == wrong:
+            raise ValueError(f"Both answers of {pair!r} are the same token; expected two different ones.")
+    return ids
 
 
 def check_top_k(top_k: int, d_vocab: int) -> None:

@@ -8,9 +8,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._model import logits_at
+from techniques._results import Header, header
 from techniques._tokens import (
     TokenProb,
     check_context,
+    check_eval,
     check_top_k,
     chosen_tokens,
     encode,
@@ -44,7 +46,7 @@ class NextToken(TypedDict):
     actual: TokenProb | None
 
 
-class TokenProbs(TypedDict):
+class TokenProbs(Header):
     """Result of `analyze_token_probs`: a row per text, in order."""
 
     rows: list[NextToken]
@@ -71,8 +73,18 @@ def analyze_token_probs(
         A row per text with probabilities from a float32 softmax (float64 for a float64 model).
 
     Raises:
-        ValueError: A text has no tokens, does not fit the context or has no such position, or top_k is out of range.
+        ValueError: The model is in train mode, a text has no tokens, does not fit the context or has no such position,
+            a logit is not finite, or top_k is out of range.
+
+    Misleads: A high probability says that the model is sure, not that it is right. A word of several tokens shows only
+        its first one here; `sequence_logprob` scores it whole.
+
+    Cost: 1 forward for all texts; about 5 ms on the demo model.
+
+    Example:
+        analyze_token_probs(model, tokenizer, "The Eiffel Tower is located in the city of", top_k=5)
     """
+    check_eval(model)
     texts = [text] if isinstance(text, str) else list(text)
     ids = encode(tokenizer, texts)
     check_context(model, ids)
@@ -96,6 +108,7 @@ def analyze_token_probs(
         strict=True,
     )
     return TokenProbs(
+        **header(model, "analyze_token_probs", n=len(texts)),
         rows=[
             NextToken(
                 text=text,
@@ -107,5 +120,5 @@ def analyze_token_probs(
                 actual=actual,
             )
             for text, row, i, entropy, top, (actual,) in columns
-        ]
+        ],
     )

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from techniques._generation import Continuation, continue_tokens
-from techniques._tokens import chat_ids, encode
+from techniques._generation import Completion, continue_tokens, prompt_ids
+from techniques._results import Header, header
 
 
-class Completion(Continuation):
-    """A continuation and the prompt that it belongs to."""
-
-    prompt: str
-
-
-class GeneratedText(TypedDict):
-    """Result of `generate_text`: a completion for each prompt, in order, and how they were made."""
+class GeneratedText(Header):
+    """Result of `generate_text`: a completion for each prompt, in order, and how they were made; greedy has no seed."""
 
     completions: list[Completion]
     max_new_tokens: int
     temperature: float
-    seed: int
 
 
 def generate_text(
@@ -35,7 +26,7 @@ def generate_text(
     chat: bool = False,
     system: str | None = None,
 ) -> GeneratedText:
-    """Continue a prompt, or several in one batch.
+    """Continue a prompt, or several in one batch, greedily or by sampling.
 
     Args:
         model: A Hugging Face model that generates, in eval mode, on any devices, in any dtype.
@@ -45,7 +36,7 @@ def generate_text(
         temperature: 0 takes the most probable token each time; above 0 samples from the softmax of the logits
             divided by it, without top-k or top-p cuts.
         seed: Seed of the sampling; the process's own random state is left as it was. The draw belongs to the whole
-            batch: the same prompt in another batch gets another sample.
+            batch: the same prompt in another batch gets another sample (not so in `batch_generate`).
         chat: Whether each prompt is a user message, laid out by the chat template, rather than plain text.
         system: System message before it; needs `chat=True`.
 
@@ -53,14 +44,24 @@ def generate_text(
         One completion per prompt, in order: only the new text, its token ids, and whether the model ended it itself.
 
     Raises:
-        ValueError: A prompt has no tokens or does not fit the model's context, or an option is out of range.
+        ValueError: A prompt has no tokens or does not fit the model's context, an option is out of range, the model is
+            in train mode, or a logit is not finite.
+
+    Misleads: Greedy text hides how sure the model is, and one sample hides how much samples vary.
+
+    Cost: 1 forward per new token, cached; about 0.1 s for 20 tokens on the demo model.
+
+    Example:
+        generate_text(model, tokenizer, "The Eiffel Tower is located in the city of", max_new_tokens=8)
     """
-    if system is not None and not chat:
-        raise ValueError("A system message was given for plain text; it needs the chat template. Pass chat=True.")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    ids = [chat_ids(tokenizer, text, system) for text in prompts] if chat and prompts else encode(tokenizer, prompts)
+    ids = prompt_ids(tokenizer, prompts, chat, system)
     continuations = continue_tokens(
         model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
-    completions = [Completion(prompt=text, **new) for text, new in zip(prompts, continuations, strict=True)]
-    return GeneratedText(completions=completions, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return GeneratedText(
+        **header(model, "generate_text", n=len(prompts), seed=seed if temperature else None),
+        completions=[Completion(prompt=text, **new) for text, new in zip(prompts, continuations, strict=True)],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )

@@ -7,7 +7,6 @@ https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-len
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
@@ -15,23 +14,23 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from techniques._model import Decoder, UnsupportedModelError, find_decoder, logits_at, record_inputs
+from techniques._lens import Points, run_points
+from techniques._model import find_decoder
+from techniques._results import Header, header
 from techniques._tokens import (
     TokenProb,
     check_context,
+    check_eval,
     check_finite,
     check_top_k,
     chosen_tokens,
     encode,
     log_probs,
-    pad,
     resolve_position,
     single_token_id,
     token_text,
     top_tokens,
 )
-
-CHUNK_BYTES = 2**26  # of float32 logits that are decoded at once; a few tensors of this size are alive
 
 
 class LensPrompt(TypedDict):
@@ -66,7 +65,7 @@ class LensRow(TypedDict):
     targets: list[TokenProb]
 
 
-class LogitLens(TypedDict):
+class LogitLens(Header):
     """Result of `logit_lens`.
 
     Attributes:
@@ -82,17 +81,6 @@ class LogitLens(TypedDict):
     max_error: float
 
 
-@dataclass(frozen=True)
-class _Points:
-    """The (prompt, position) pairs that are decoded, in order."""
-
-    prompts: list[int]
-    positions: list[int]
-
-    def part(self, which: slice) -> _Points:
-        return _Points(self.prompts[which], self.positions[which])
-
-
 @torch.inference_mode()
 def logit_lens(
     model: PreTrainedModel,
@@ -102,10 +90,11 @@ def logit_lens(
     top_k: int = 5,
     positions: Sequence[int] | None = None,
 ) -> LogitLens:
-    """Apply the final norm and the unembedding to the residual stream at every depth.
+    """Decode the residual stream at every depth with the final norm and the unembedding, as tokens.
 
-    The last depth must give the model's own logits; this is checked on every call, so a model whose head does more
-    than final norm, unembedding and soft cap is refused rather than misread.
+    It answers from which depth on the next token can be read off the residual stream. The last depth must give the
+    model's own logits; this is checked on every call, so a model whose head does more than final norm, unembedding and
+    soft cap is refused rather than misread.
 
     Args:
         model: A decoder-only Hugging Face model in eval mode, on any devices, in any dtype, PEFT adapters included.
@@ -122,31 +111,40 @@ def logit_lens(
     Raises:
         UnsupportedModelError: The parts were not found, the blocks do not run once each in a row, or the last depth
             differs from the model's own logits.
-        ValueError: A prompt has no tokens or no such position, a target is not a single token, or top_k is out of
-            range.
+        ValueError: The model is in train mode, a prompt has no tokens, does not fit the context or has no such
+            position, a target is not a single token, a logit is not finite, or top_k is out of range.
+
+    Misleads: The output head was trained for the last depth, so a blank early depth may hold the answer in a form that
+        this head does not read; and what is readable need not be used. Which part computed it takes an intervention.
+
+    Cost: 1 forward, and one unembedding per depth and position; about 10 ms on the demo model.
+
+    Example:
+        prompt = "The Eiffel Tower is located in the city of"
+        logit_lens(model, tokenizer, prompt, targets=[" Paris", " Rome"])
     """
+    check_eval(model)
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     ids = encode(tokenizer, texts)
     check_context(model, ids)
     target_ids = [single_token_id(tokenizer, target) for target in targets or []]
     chosen = [_choose(positions, len(row), text) for row, text in zip(ids, texts, strict=True)]
-    points = _Points([i for i, row in enumerate(chosen) for _ in row], [p for row in chosen for p in row])
+    points = Points([i for i, row in enumerate(chosen) for _ in row], [p for row in chosen for p in row])
     decoder = find_decoder(model)
-    resid, own = _run(model, decoder, ids, points)
-    check_top_k(top_k, own.shape[-1])
+    stream = run_points(model, decoder, ids, points)
+    check_top_k(top_k, stream.own.shape[-1])
 
     rows: list[LensRow] = []
     max_error = 0.0
-    step = max(1, CHUNK_BYTES // (4 * len(resid) * own.shape[-1]))
-    for chunk in (slice(start, start + step) for start in range(0, len(own), step)):
-        logits = decoder.logits(torch.stack([at_depth[chunk].to(own.device) for at_depth in resid], 1))
-        max_error = max(max_error, _check_head(model, logits[:, -1], own[chunk].to(logits.device)))
-        rows += _rows(tokenizer, points.part(chunk), logits, target_ids, top_k)
+    for part, logits, error in stream.decoded():
+        max_error = max(max_error, error)
+        rows += _rows(tokenizer, points.part(part), logits, target_ids, top_k)
     prompts = [
         LensPrompt(text=text, tokens=[token_text(tokenizer, i) for i in row], token_ids=row, positions=where)
         for text, row, where in zip(texts, ids, chosen, strict=True)
     ]
-    return LogitLens(n_layers=len(decoder.blocks), prompts=prompts, rows=rows, max_error=max_error)
+    start = header(model, "logit_lens", n=len(texts))
+    return LogitLens(**start, n_layers=len(decoder.blocks), prompts=prompts, rows=rows, max_error=max_error)
 
 
 def _choose(positions: Sequence[int] | None, length: int, text: str) -> list[int]:
@@ -157,49 +155,9 @@ def _choose(positions: Sequence[int] | None, length: int, text: str) -> list[int
     return [resolve_position(position, length, text) for position in positions]
 
 
-def _run(
-    model: PreTrainedModel, decoder: Decoder, ids: list[list[int]], points: _Points
-) -> tuple[list[Float[Tensor, "points d_model"]], Float[Tensor, "points d_vocab"]]:
-    """Run the model once: the residual stream at each depth and the model's own logits, at `points` alone."""
-    batch = pad(ids, "right", 0, model.device)
-    where = torch.tensor(points.prompts), torch.tensor(points.positions)
-
-    def keep(hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "points d_model"]:
-        if hidden.shape[:2] != batch.input_ids.shape:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has a residual stream of shape {tuple(hidden.shape)} for tokens of shape "
-                f"{tuple(batch.input_ids.shape)}; expected one vector per token. Prompt tuning, which adds tokens of "
-                "its own, is not supported."
-            )
-        return hidden[where]
-
-    with record_inputs([*decoder.blocks, decoder.ln_final], keep) as resid:
-        own = logits_at(model, batch, *where)
-    if len(resid) != len(decoder.blocks) + 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} entered its {len(decoder.blocks)} blocks and final norm {len(resid)} times in one "
-            "forward pass; expected once each. Its residual stream is not one line through them."
-        )
-    return resid, own
-
-
-def _check_head(
-    model: PreTrainedModel, lens: Float[Tensor, "points d_vocab"], own: Float[Tensor, "points d_vocab"]
-) -> float:
-    gap, size = (lens - own).abs().max().item(), own.abs().max().item()
-    # The same operations on the same numbers differ only by the rounding of a matrix product of another shape.
-    if not gap <= max(1e-4, 4 * torch.finfo(own.dtype).eps) * size:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: the lens after the last block differs from the model's own logits by up to "
-            f"{gap:.3g} nats; expected none. Its head does more than final norm, unembedding and soft cap, so earlier "
-            "depths would be misread as well."
-        )
-    return gap
-
-
 def _rows(
     tokenizer: PreTrainedTokenizerBase,
-    points: _Points,
+    points: Points,
     logits: Float[Tensor, "points depth d_vocab"],
     target_ids: list[int],
     top_k: int,

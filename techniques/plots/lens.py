@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from techniques.plots._style import AXIS, INK, LAYOUT, LINES, SCALE, label, quoted
+from techniques.plots._style import AXIS, GRID, INK, LAYOUT, LINES, SCALE, label, quoted
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from techniques._tokens import TokenProb
     from techniques.analyze_token_probs import TokenProbs
+    from techniques.logit_diff_lens import DepthMean, LogitDiffLens
     from techniques.logit_lens import LensRow, LogitLens
 
 
@@ -38,16 +39,54 @@ def plot_logit_lens(result: LogitLens, prompt: int = 0) -> Figure:
     if has_targets:
         at = result["prompts"][prompt]["tokens"][rows[-1]["position"]]
         _add_targets(figure, rows, f"probability at {quoted(at)}")
-    depths = range(result["n_layers"] + 1)
-    names = ["embedding", *(f"after block {depth - 1}" for depth in depths if depth)]
+    names = _depth_names(result["n_layers"])
     figure.update_yaxes(AXIS)
-    figure.update_yaxes(tickvals=list(depths), ticktext=names, row=1, col=1)
+    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, row=1, col=1)
     figure.update_layout(
         LAYOUT,
         title={"text": "Logit lens: most probable next token", "x": 0, "xref": "container"},
-        height=130 + 34 * len(depths),
+        height=130 + 34 * len(names),
         margin={"l": 100, "r": 20, "t": 60, "b": 70},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
+    )
+    return figure
+
+
+def plot_logit_diff_lens(result: LogitDiffLens) -> Figure:
+    """Draw logit(answer) - logit(wrong) by depth: each prompt, their mean, and where the mean is decided.
+
+    Below it stands the share of the prompts that are decided by then, counted with the prompts' own decision depths.
+
+    Args:
+        result: What `logit_diff_lens` returned.
+    """
+    from plotly.subplots import make_subplots  # noqa: PLC0415 - slow to import, and needed for drawing alone
+
+    names = _depth_names(result["n_layers"])
+    figure = make_subplots(2, 1, shared_xaxes=True, row_heights=[0.78, 0.22], vertical_spacing=0.05)
+    _add_curves(figure, result)
+    figure.add_hline(y=0, line={"color": INK, "width": 1}, row=1, col=1)
+    _add_decided(figure, result)
+    decided = result["mean_curve"]["decision_depth"]
+    if decided is not None:
+        text = f"mean decided: {names[decided]}"
+        figure.add_vline(x=decided, line={"color": INK, "width": 1.5, "dash": "dot"})
+        figure.add_annotation(
+            x=decided, y=1.0, yref="y domain", text=text, showarrow=False, xanchor="left", yanchor="bottom", xshift=-4
+        )
+    step = 1 + len(names) // 20
+    short = ["embedding", *(str(layer) for layer in range(result["n_layers"]))]
+    figure.update_xaxes(AXIS, tickvals=list(range(len(names)))[::step], ticktext=short[::step])
+    figure.update_xaxes(range=[-0.4, len(names) - 0.6], title_text="after block", row=2, col=1)
+    figure.update_yaxes(AXIS)
+    figure.update_yaxes(title_text="logit(answer) - logit(wrong), nats", row=1, col=1)
+    figure.update_yaxes(title_text="decided", range=[-0.05, 1.1], tickformat=".0%", row=2, col=1)
+    figure.update_layout(
+        LAYOUT,
+        title={"text": f"Logit-difference lens, {result['n']} prompts", "x": 0, "xref": "container"},
+        height=500,
+        margin={"l": 70, "r": 20, "t": 90, "b": 60},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.1, "yanchor": "bottom"},
     )
     return figure
 
@@ -78,6 +117,78 @@ def plot_token_probs(result: TokenProbs) -> Figure:
         LAYOUT, height=70 + 75 * len(rows) + 24 * bars, margin={"l": 120, "r": 20, "t": 50, "b": 60}, showlegend=False
     )
     return figure
+
+
+def _depth_names(n_layers: int) -> list[str]:
+    return ["embedding", *(f"after block {layer}" for layer in range(n_layers))]
+
+
+def _add_curves(figure: Figure, result: LogitDiffLens) -> None:
+    import plotly.graph_objects as go  # noqa: PLC0415
+
+    for i, curve in enumerate(result["curves"]):
+        figure.add_trace(
+            go.Scatter(
+                y=curve["diffs"],
+                mode="lines",
+                line={"color": GRID, "width": 1.2},
+                name="each prompt",
+                legendgroup="each",
+                showlegend=i == 0,
+                hovertemplate=f"{quoted(curve['prompt'])}<br>{quoted(curve['answer'])} - {quoted(curve['wrong'])}: "
+                "%{y:.2f} nats<extra></extra>",
+            ),
+            row=1,
+            col=1,
+        )
+    drawn = [("mean", result["depths"], LINES[0]), ("mean of baselines", result["baseline"], LINES[2])]
+    for name, depths, colour in drawn:
+        if depths is not None:
+            _add_mean(figure, name, depths, colour)
+
+
+def _add_mean(figure: Figure, name: str, depths: list[DepthMean], colour: str) -> None:
+    import plotly.graph_objects as go  # noqa: PLC0415
+
+    x = [row["depth"] for row in depths]
+    band = go.Scatter(
+        x=[*x, *reversed(x)],
+        y=[*(row["high"] for row in depths), *(row["low"] for row in reversed(depths))],
+        mode="lines",
+        fill="toself",
+        fillcolor=colour,
+        opacity=0.25,
+        line={"width": 0},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    line = go.Scatter(
+        x=x,
+        y=[row["mean"] for row in depths],
+        name=f"{name}, 95 %",
+        mode="lines+markers",
+        line={"color": colour, "width": 2.5},
+        hovertemplate=f"{name}: %{{y:.2f}} nats<extra></extra>",
+    )
+    figure.add_traces([band, line], rows=1, cols=1)
+
+
+def _add_decided(figure: Figure, result: LogitDiffLens) -> None:
+    import plotly.graph_objects as go  # noqa: PLC0415
+
+    figure.add_trace(
+        go.Bar(
+            x=[row["depth"] for row in result["depths"]],
+            y=[row["decided"] for row in result["depths"]],
+            marker={"color": LINES[0]},
+            opacity=0.7,
+            width=0.4,
+            showlegend=False,
+            hovertemplate="%{y:.0%} of the prompts are decided<extra></extra>",
+        ),
+        row=2,
+        col=1,
+    )
 
 
 def _add_lens_cells(figure: Figure, result: LogitLens, rows: list[LensRow], prompt: int) -> None:

@@ -14,7 +14,7 @@ from accelerate import disk_offload
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
-from techniques import logit_lens as module
+from techniques import _lens as module
 from techniques._model import Decoder, UnsupportedModelError
 from techniques.logit_lens import LogitLens, logit_lens
 

@@ -1,0 +1,520 @@
+"""Read and write a model's activations at named sites while it runs, and leave no trace.
+
+The names are TransformerLens': `blocks.3.hook_resid_pre`, `blocks.3.attn.hook_z`. Values have these shapes:
+
+    resid_pre, resid_mid, resid_post, attn_out, mlp_out    [batch pos d_model]
+    q, z                                                   [batch pos n_heads d_head]
+    k, v                                                   [batch pos n_kv_heads d_head]
+    pattern                                                [batch n_heads query key]
+    mlp_pre, mlp_post                                      [batch pos d_mlp]
+
+attn_out and mlp_out are what is added to the residual stream. q, k and v are what the projections give, before any norm
+and rotary embedding. mlp_pre is the input of the activation function, mlp_post the input of the last projection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from techniques._model import SITES, Decoder, Heads, Layer, Site, UnsupportedModelError, find_decoder
+from techniques._tokens import Batch, check_finite
+
+Change = Callable[[Tensor], Tensor]
+Look = Callable[[Tensor], Tensor | None]
+Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+After = Callable[[Any], Any]
+
+
+class HookPoint(NamedTuple):
+    """A site of one layer; as text, TransformerLens' name of it."""
+
+    site: str
+    layer: int
+
+    def __str__(self) -> str:
+        prefix = {"q": "attn.", "k": "attn.", "v": "attn.", "z": "attn.", "pattern": "attn."}.get(self.site, "")
+        name = {"mlp_pre": "mlp.hook_pre", "mlp_post": "mlp.hook_post"}.get(self.site, f"{prefix}hook_{self.site}")
+        return f"blocks.{self.layer}.{name}"
+
+
+def hook_point(name: str, layer: int | None = None) -> HookPoint:
+    """A point from a site's name and a layer, or from a full name such as `blocks.3.attn.hook_z`.
+
+    Raises:
+        ValueError: The name is not known, or no layer is given, or two.
+    """
+    if name in SITES:
+        if layer is None:
+            raise ValueError(f"The site {name!r} has no layer; expected one. Give layer=, or use {HookPoint(name, 0)}.")
+        return HookPoint(name, layer)
+    full = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    for site in SITES:
+        if full and name == str(HookPoint(site, int(full[1]))):
+            if layer not in (None, int(full[1])):
+                raise ValueError(
+                    f"The name {name!r} already has a layer, but layer={layer} was given. Drop one of them."
+                )
+            return HookPoint(site, int(full[1]))
+    raise ValueError(
+        f"The site {name!r} is not known; expected one of {', '.join(SITES)}, or a full name such as "
+        f"{', '.join(str(HookPoint(site, 0)) for site in ('resid_pre', 'z', 'mlp_post'))}."
+    )
+
+
+def find_site(decoder: Decoder, point: HookPoint) -> tuple[Layer, Site]:
+    """The layer of a point and where its site is read.
+
+    Raises:
+        ValueError: The model has no such layer.
+        UnsupportedModelError: The layer has no such site.
+    """
+    if not 0 <= point.layer < decoder.n_layers:
+        raise ValueError(
+            f"Layer {point.layer} does not exist; the model has {decoder.n_layers} layers. "
+            f"Choose one from 0 to {decoder.n_layers - 1}."
+        )
+    layer = decoder.layers[point.layer]
+    site = layer.sites.get(point.site)
+    if site is None:
+        why = ""
+        if decoder.parallel and point.site == "resid_mid":
+            why = " Its attention and MLP run in parallel on resid_pre, so nothing lies between them."
+        raise UnsupportedModelError(
+            f"Layer {point.layer} of this model has no {point.site};{why and ' it'} expected one of "
+            f"{', '.join(layer.sites)}.{why}"
+        )
+    return layer, site
+
+
+class _Tap(NamedTuple):
+    """Functions that see a module's arguments and its output; what they return, unless None, goes on in its place."""
+
+    before: list[Before]
+    after: list[After]
+    forward: Callable[..., Any]
+    is_own: bool
+
+
+class Placement(NamedTuple):
+    """A function for the arguments (`Before`) or the output (`After`) of a module."""
+
+    module: nn.Module
+    is_input: bool
+    function: Before | After
+
+
+def _tap(module: nn.Module) -> _Tap:
+    """The tap in place of a module's `forward`, laid if there is none.
+
+    torch's own hooks cost several microseconds per module and call, which is a tenth of a small model's forward pass.
+    """
+    own = module.__dict__.get("forward")  # accelerate leaves one on a sharded model
+    if (known := getattr(own, "_tap", None)) is not None:
+        return cast(_Tap, known)
+    before: list[Before] = []
+    after: list[After] = []
+    forward = module.forward
+
+    def tapped(*args: Any, **kwargs: Any) -> Any:
+        for see in before:
+            if (changed := see(args, kwargs)) is not None:
+                args, kwargs = changed
+        output = forward(*args, **kwargs)
+        for look in after:
+            if (new := look(output)) is not None:
+                output = new
+        return output
+
+    tap = _Tap(before, after, forward, own is not None)
+    tapped._tap, tapped.forward = tap, forward  # type: ignore[attr-defined]
+    module.__dict__["forward"] = tapped
+    return tap
+
+
+@contextmanager
+def placed(placements: Sequence[Placement]) -> Iterator[None]:
+    """Place functions on modules; those placed later see what those placed earlier have made of a value."""
+    try:
+        for module, is_input, function in placements:
+            tap = _tap(module)
+            (tap.before if is_input else tap.after).append(function)  # type: ignore[arg-type]
+        yield
+    finally:
+        for module, is_input, function in placements:
+            _remove(module, is_input, function)
+
+
+def _remove(module: nn.Module, is_input: bool, function: Before | After) -> None:
+    tap: _Tap | None = getattr(module.__dict__.get("forward"), "_tap", None)
+    if tap is None:  # an interrupt came before it was laid
+        return
+    functions: list[Any] = tap.before if is_input else tap.after
+    if function in functions:
+        functions.remove(function)
+    if not tap.before and not tap.after:
+        if tap.is_own:
+            module.__dict__["forward"] = tap.forward
+        else:
+            del module.__dict__["forward"]
+
+
+@contextmanager
+def record(
+    model: PreTrainedModel, points: Iterable[HookPoint], keep: Change | None = None
+) -> Iterator[dict[HookPoint, Tensor]]:
+    """Record values at `points` in every forward pass inside; the last pass stands in the dict.
+
+    Args:
+        model: A decoder-only Hugging Face model.
+        points: Where to record.
+        keep: What to keep of a value, such as one position; the value itself if None. Values are not detached:
+            `torch.autograd.grad` works with respect to a value that is kept whole.
+
+    Yields:
+        Values by point, in their own dtype and on the device where they were computed.
+
+    Raises:
+        ValueError: A layer does not exist.
+        UnsupportedModelError: The model lacks a site.
+    """
+    found: dict[HookPoint, Tensor] = {}
+    decoder, wanted = find_decoder(model), list(points)
+    placements = [_recorder(*find_site(decoder, point), point, found, keep) for point in wanted]
+    with ExitStack() as stack:
+        if any(point.site == "pattern" for point in wanted):
+            stack.enter_context(eager_attention(model))
+        stack.enter_context(placed(placements))
+        yield found
+
+
+def _recorder(
+    layer: Layer, site: Site, point: HookPoint, found: dict[HookPoint, Tensor], keep: Change | None
+) -> Placement:
+    heads = site.heads
+    if point.site == "pattern":
+        change = _seen(point, found, keep)
+        return Placement(site.module, False, lambda output: change(_pattern(output)))
+    if heads is not None:
+        return _placement(site, _seen_heads(heads, _seen(point, found, keep)))
+    if point.site == "mlp_out" and layer.mid is None:
+        see = _seen(point, found, keep)
+        # Falcon adds attention's output to it in place.
+        return _placement(site, lambda raw: raw.clone() if see(raw) is None else None)
+    return _placement(site, _seen(point, found, keep))
+
+
+def _seen(point: HookPoint, found: dict[HookPoint, Tensor], keep: Change | None) -> Look:
+    def see(value: Tensor) -> None:
+        found[point] = value if keep is None else keep(value)
+
+    return see
+
+
+def _seen_heads(heads: Heads, see: Look) -> Look:
+    def split(raw: Tensor) -> Tensor | None:
+        value = _split(raw, heads)
+        see(value)
+        # What is recorded has to be what is computed with, or no gradient would reach it.
+        return _join(raw, heads, value) if raw.requires_grad else None
+
+    return split
+
+
+def _placement(site: Site, look: Look) -> Placement:
+    return Placement(site.module, site.is_input, _on_input(look) if site.is_input else _on_output(look))
+
+
+def _on_input(look: Look) -> Before:
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if args:
+            new = look(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = look(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    return before
+
+
+def _on_output(look: Look) -> After:
+    def after(output: Any) -> Any:
+        if type(output) is tuple:
+            new = look(output[0])
+            return None if new is None else (new, *output[1:])
+        return look(output)
+
+    return after
+
+
+def _split(raw: Tensor, heads: Heads) -> Tensor:
+    """[batch pos width] -> [batch pos heads d_head], a view where the memory allows it."""
+    groups, start, stop, d_head = heads
+    if groups == 1:
+        slots = raw.reshape(*raw.shape[:-1], -1, d_head)
+        return slots if stop - start == slots.shape[-2] else slots[..., start:stop, :]
+    return raw.reshape(*raw.shape[:-1], groups, -1, d_head)[..., start:stop, :].flatten(-3, -2)
+
+
+def _join(raw: Tensor, heads: Heads, value: Tensor) -> Tensor:
+    """`raw` with `value` in place of these heads."""
+    groups, start, stop, d_head = heads
+    slots = raw.reshape(*raw.shape[:-1], groups, -1, d_head)
+    middle = value.to(raw.dtype).reshape(*raw.shape[:-1], groups, stop - start, d_head)
+    return torch.cat([slots[..., :start, :], middle, slots[..., stop:, :]], -2).reshape(raw.shape)
+
+
+def _pattern(output: Any) -> Tensor:
+    pattern = output[1] if type(output) is tuple and len(output) > 1 else None
+    if not isinstance(pattern, Tensor):
+        raise UnsupportedModelError(
+            "The attention module returned no pattern, although eager attention was asked for. Load the model with "
+            "attn_implementation='eager'."
+        )
+    return pattern
+
+
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let attention compute its pattern: fused kernels never have it."""
+    held: list[Any] = [part.config for part in model.modules() if hasattr(part, "config")]
+    configs = {id(config): config for config in held if getattr(config, "_attn_implementation", None) is not None}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+
+
+@contextmanager
+def edit(model: PreTrainedModel, edits: Mapping[HookPoint, Change]) -> Iterator[None]:
+    """Replace the value at each point by a function of it, in every forward pass inside, `generate` included.
+
+    A function gets the value of the pass, whose `pos` is the number of new tokens, and returns one of the same shape;
+    it must not change the value in place. resid_mid is written through what attention adds to resid_pre, so that both
+    the MLP and the stream see it. Gradients flow through the functions.
+
+    Raises:
+        ValueError: A layer does not exist, or a function returned a value of another shape.
+        UnsupportedModelError: The model lacks a site.
+        RuntimeError: An edit never ran, although the block ended without an error.
+    """
+    fired: set[HookPoint] = set()
+    with ExitStack() as stack:
+        if any(point.site == "pattern" for point in edits):
+            stack.enter_context(eager_attention(model))
+        stack.enter_context(placed(editors(find_decoder(model), edits, fired)))
+        yield
+    if missed := [str(point) for point in edits if point not in fired]:
+        raise RuntimeError(
+            f"The edit at {missed[0]} never ran; expected a forward pass through it. Run the model inside the block."
+        )
+
+
+def editors(decoder: Decoder, edits: Mapping[HookPoint, Change], fired: set[HookPoint]) -> list[Placement]:
+    """What `edit` places on the modules; the points that were reached are added to `fired`."""
+    placements: list[Placement] = []
+    # In the order in which the model computes them, so that each sees the edits before it.
+    for point in sorted(edits, key=lambda point: SITES.index(point.site) if point.site in SITES else 0):
+        layer, site = find_site(decoder, point)
+        change = _checked(point, edits[point], fired)
+        if point.site == "pattern":
+            placements += _pattern_editor(layer, change)
+        elif point.site == "resid_mid":
+            placements += _mid_editor(layer, change)
+        else:
+            placements.append(_placement(site, _through(site.heads, change)))
+    return placements
+
+
+def _checked(point: HookPoint, change: Change, fired: set[HookPoint]) -> Change:
+    def checked(value: Tensor) -> Tensor:
+        fired.add(point)
+        new = change(value)
+        if new.shape != value.shape:
+            raise ValueError(
+                f"The edit at {point} returned a value of shape {tuple(new.shape)}; expected {tuple(value.shape)}, the "
+                "shape of what it was given."
+            )
+        return new
+
+    return checked
+
+
+def _through(heads: Heads | None, change: Change) -> Change:
+    if heads is None:
+        return change
+    return lambda raw: _join(raw, heads, change(_split(raw, heads)))
+
+
+def _mid_editor(layer: Layer, change: Change) -> list[Placement]:
+    assert layer.attn_add is not None  # a layer with resid_mid has it
+    resid_pre: list[Tensor] = []
+
+    def see(raw: Tensor) -> None:
+        resid_pre[:] = [raw]
+
+    def shift(attn_out: Tensor) -> Tensor:
+        resid_mid = resid_pre.pop() + attn_out
+        return attn_out + (change(resid_mid) - resid_mid)
+
+    return [_placement(layer.sites["resid_pre"], see), Placement(layer.attn_add, False, _on_output(shift))]
+
+
+def _pattern_editor(layer: Layer, change: Change) -> list[Placement]:
+    """The pattern is known only after attention has used it, so what it weighs and projects is computed once more."""
+    attn, o_proj, v = layer.attn, layer.o_proj, layer.sites.get("v")
+    if attn is None or o_proj is None or v is None:
+        raise UnsupportedModelError("Attention of this model has no values of its own; a pattern can only be read.")
+    seen: dict[str, Tensor] = {}
+
+    def see_values(raw: Tensor) -> None:
+        assert v.heads is not None  # v is a site of heads
+        seen["v"] = _split(raw, v.heads)
+
+    def see_output(raw: Tensor) -> None:
+        seen["o"] = raw
+
+    def weigh_again(output: Any) -> Any:
+        pattern, values, old = change(_pattern(output)), seen.pop("v"), seen.pop("o")
+        if pattern.shape[-1] != values.shape[1]:
+            raise ValueError(
+                f"A pattern over {pattern.shape[-1]} keys met {values.shape[1]} values, as the others lie in a cache. "
+                "Run the model with use_cache=False to edit a pattern."
+            )
+        new = o_proj(weighted(pattern, values).flatten(-2))
+        seen.pop("o", None)
+        # Bloom's attention has added the stream already.
+        attn_out = new if layer.attn_add is not o_proj else output[0] - old + new
+        return (attn_out, pattern, *output[2:])
+
+    return [
+        Placement(v.module, False, _on_output(see_values)),
+        Placement(o_proj, False, _on_output(see_output)),
+        Placement(attn, False, weigh_again),
+    ]
+
+
+def weighted(
+    pattern: Float[Tensor, "batch n_heads query key"], values: Float[Tensor, "batch key n_kv_heads d_head"]
+) -> Float[Tensor, "batch query n_heads d_head"]:
+    """z, from a pattern and the values that it weighs."""
+    repeats = pattern.shape[1] // values.shape[2]
+    by_head = values.transpose(1, 2).repeat_interleave(repeats, 1)
+    return (pattern.to(by_head.dtype) @ by_head).transpose(1, 2)
+
+
+class _Stop(Exception):  # noqa: N818 - no error
+    """Ends a forward pass whose rest nobody needs."""
+
+
+def run(model: PreTrainedModel, batch: Batch, *, stop_after: int | None = None) -> Tensor:
+    """Run the model once, without a cache.
+
+    Args:
+        model: A decoder-only Hugging Face model.
+        batch: Token sequences.
+        stop_after: Stop after this block, where only activations are wanted.
+
+    Returns:
+        Logits [batch pos d_vocab]; with `stop_after`, resid_post of that block.
+
+    Raises:
+        ValueError: The layer does not exist.
+    """
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if stop_after is None:
+        logits: Tensor = model(**inputs).logits
+        return logits
+    _, site = find_site(find_decoder(model), HookPoint("resid_post", stop_after))
+    last: list[Tensor] = []
+
+    def stop(resid: Tensor) -> Tensor:
+        last.append(resid)
+        raise _Stop
+
+    with placed([_placement(site, stop)]):
+        try:
+            model(**inputs)
+        except _Stop:
+            return last[0]
+    raise UnsupportedModelError(f"{type(model).__name__} never ran its block {stop_after}; expected one run each.")
+
+
+_proven: WeakKeyDictionary[nn.Module, Decoder] = WeakKeyDictionary()
+
+
+def check_sites(model: PreTrainedModel) -> Decoder:
+    """Prove on the model at hand that its sites mean what they are called; done once for a model.
+
+    Of a short input: the parts add up (resid_pre + attn_out + mlp_out = resid_post), each block hands its output to the
+    next one, the last one decodes to the model's own logits, and pattern times v is z.
+
+    Returns:
+        The model's parts.
+
+    Raises:
+        ValueError: The model is in train mode, or its logits are not finite.
+        UnsupportedModelError: The model is built in another way.
+    """
+    decoder = find_decoder(model)
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in train mode, so dropout is random. Call model.eval() first.")
+    if _proven.get(model) is not decoder:
+        _prove(model, decoder)
+        _proven[model] = decoder
+    return decoder
+
+
+@torch.no_grad()
+def _prove(model: PreTrainedModel, decoder: Decoder) -> None:
+    wanted = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "v", "z", "pattern")
+    points = [HookPoint(s, i) for i, layer in enumerate(decoder.layers) for s in wanted if s in layer.sites]
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    ids = (torch.arange(1, 6, device=device) % decoder.d_vocab)[None]
+    with record(model, points) as found:
+        logits = run(model, Batch(ids, torch.ones_like(ids)))
+    check_finite(logits)
+    for i, layer in enumerate(decoder.layers):
+        at = {point.site: value for point, value in found.items() if point.layer == i}
+        missing = [site for site in wanted if site in layer.sites and site not in at]
+        if missing or at["resid_pre"].shape[:2] != ids.shape:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} did not run through {missing or 'resid_pre'} of block {i} as expected: once, "
+                "with one vector per token. Its residual stream is not one line through the blocks."
+            )
+        _prove_layer(model, i, at)
+        if i + 1 < decoder.n_layers:
+            _same(model, f"resid_post of block {i}", at["resid_post"], found[HookPoint("resid_pre", i + 1)])
+    _same(model, "the decoded resid_post of the last block", decoder.logits(at["resid_post"]), logits)
+
+
+def _prove_layer(model: PreTrainedModel, i: int, at: Mapping[str, Tensor]) -> None:
+    if "attn_out" in at and "mlp_out" in at:
+        total = at["resid_pre"].double() + at["attn_out"].double() + at["mlp_out"].double()
+        _same(model, f"resid_pre + attn_out + mlp_out of block {i}", total, at["resid_post"])
+    if "resid_mid" in at:
+        _same(model, f"resid_pre + attn_out of block {i}", at["resid_pre"] + at["attn_out"], at["resid_mid"])
+    if {"pattern", "v", "z"} <= at.keys():
+        _same(model, f"pattern times v of block {i}", weighted(at["pattern"], at["v"]), at["z"])
+
+
+def _same(model: PreTrainedModel, what: str, found: Tensor, expected: Tensor) -> None:
+    expected = expected.to(found.device)
+    gap, size = (found - expected).abs().max().item(), expected.abs().max().item()
+    # The same numbers, rounded a few times on their way.
+    if not gap <= max(1e-4, 8 * torch.finfo(expected.dtype).eps) * size:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {what} differs by up to {gap:.3g} from what the model goes on with, which is "
+            f"up to {size:.3g}; expected no difference. This model is built in a way that is not known here."
+        )

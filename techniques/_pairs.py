@@ -1,0 +1,425 @@
+"""Pairs of a clean and a corrupted prompt with their answers: what every causal comparison starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from techniques._hooks import check_sites
+from techniques._model import logits_at
+from techniques._results import number
+from techniques._stats import N_BOOT
+from techniques._tokens import Batch, check_context, check_finite, encode, log_probs, pad, single_token_id, token_text
+
+Align = Literal["equal", "end"]
+Metric = Literal["logit_diff", "logprob", "rank"]
+METRICS = ("logit_diff", "logprob", "rank")
+CHUNK_ROWS = 64  # prompts that run at once where only their last logits are wanted
+TOKENS_SHOWN = 4  # different tokens of a column that a result lists
+
+
+class ExcludedPair(TypedDict):
+    """A pair that was left out, by its index in what was given, and why."""
+
+    pair: int
+    clean: str
+    corrupted: str
+    reason: str
+
+
+class PairInfo(TypedDict):
+    """A pair that was used, with its logit differences in nats in the two unpatched runs."""
+
+    pair: int
+    clean: str
+    corrupted: str
+    answer: str
+    wrong: str
+    clean_logit_diff: float | None
+    corrupted_logit_diff: float | None
+
+
+class ColumnInfo(TypedDict):
+    """A column of positions that correspond over all pairs.
+
+    Attributes:
+        label: The position, counted from the start (0, 1, ...) or from the end (-1 is the last), or the span's name.
+        clean: The different tokens that clean prompts have there, at most four of them.
+        corrupted: The same of the corrupted prompts.
+        differs: Whether clean and corrupted differ there in any pair.
+    """
+
+    label: str
+    clean: list[str]
+    corrupted: list[str]
+    differs: bool
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs that can be compared; all lists run over the same n pairs.
+
+    Attributes:
+        clean: Token ids of the clean prompts.
+        corrupted: Token ids of the corrupted prompts.
+        answer_ids: The token that is right after the clean prompt; on the CPU.
+        wrong_ids: The token that it is compared with; on the CPU.
+        texts: The prompts, (clean, corrupted).
+        answers: The answers, (right, wrong).
+        tokens: Texts of the tokens, (clean, corrupted).
+        indices: Index of each pair in what was given.
+        align: "equal" (position i matches position i) or "end" (the i-th from the end matches the i-th from the end).
+        excluded: Pairs that were left out.
+    """
+
+    clean: list[list[int]]
+    corrupted: list[list[int]]
+    answer_ids: Int[Tensor, " n"]
+    wrong_ids: Int[Tensor, " n"]
+    texts: list[tuple[str, str]]
+    answers: list[tuple[str, str]]
+    tokens: list[tuple[list[str], list[str]]]
+    indices: list[int]
+    align: Align
+    excluded: list[ExcludedPair]
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def answer_pair(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """Ids of the right and of the wrong answers."""
+        return self.answer_ids, self.wrong_ids
+
+    def keep(self, kept: Sequence[bool], reasons: Sequence[str]) -> Pairs:
+        """Only the pairs for which `kept` is true; the others join `excluded`, each with its reason."""
+        which = [i for i, keep in enumerate(kept) if keep]
+        index = torch.tensor(which, dtype=torch.long)
+        left_out = [
+            ExcludedPair(pair=self.indices[i], clean=self.texts[i][0], corrupted=self.texts[i][1], reason=reasons[i])
+            for i in range(len(self))
+            if i not in set(which)
+        ]
+        return Pairs(
+            clean=[self.clean[i] for i in which],
+            corrupted=[self.corrupted[i] for i in which],
+            answer_ids=self.answer_ids[index],
+            wrong_ids=self.wrong_ids[index],
+            texts=[self.texts[i] for i in which],
+            answers=[self.answers[i] for i in which],
+            tokens=[self.tokens[i] for i in which],
+            indices=[self.indices[i] for i in which],
+            align=self.align,
+            excluded=sorted([*self.excluded, *left_out], key=lambda pair: pair["pair"]),
+        )
+
+    def matches(self, pair: int) -> list[tuple[int, int]]:
+        """Positions of one pair that correspond, (clean, corrupted), from left to right."""
+        n_clean, n_corrupted = len(self.clean[pair]), len(self.corrupted[pair])
+        shared = min(n_clean, n_corrupted)
+        return [(n_clean - shared + i, n_corrupted - shared + i) for i in range(shared)]
+
+    def batches(self, filler: int, device: torch.device) -> tuple[Batch, Batch]:
+        """The clean and the corrupted prompts, padded on the right to one common length."""
+        both = pad([*self.clean, *self.corrupted], "right", filler, device)
+        n = len(self)
+        return (
+            Batch(both.input_ids[:n], both.attention_mask[:n]),
+            Batch(both.input_ids[n:], both.attention_mask[n:]),
+        )
+
+
+def encode_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    answers: Sequence[tuple[str, str]],
+    align: Align = "equal",
+) -> Pairs:
+    """Encode (clean, corrupted) prompts and their (right, wrong) answers, and check that they can be compared.
+
+    Pairs whose prompts differ in length are left out unless `align` is "end".
+
+    Raises:
+        ValueError: The model is in train mode; there are no pairs, or not as many answers; a prompt is empty, too
+            long or already ends with its answer; an answer is not one token; both answers are the same token; no
+            pair is left.
+        UnsupportedModelError: The model is built in a way that is not understood.
+    """
+    check_sites(model)
+    _check_lists(pairs, answers, align)
+    clean, corrupted = (encode(tokenizer, [str(pair[side]) for pair in pairs]) for side in (0, 1))
+    check_context(model, [*clean, *corrupted])
+    ids = torch.tensor([[single_token_id(tokenizer, text) for text in pair] for pair in answers])
+    _check_answers(pairs, answers, clean, ids)
+    every = Pairs(
+        clean=clean,
+        corrupted=corrupted,
+        answer_ids=ids[:, 0],
+        wrong_ids=ids[:, 1],
+        texts=[(str(a), str(b)) for a, b in pairs],
+        answers=[(str(a), str(b)) for a, b in answers],
+        tokens=[
+            ([token_text(tokenizer, i) for i in a], [token_text(tokenizer, i) for i in b])
+            for a, b in zip(clean, corrupted, strict=True)
+        ],
+        indices=list(range(len(pairs))),
+        align=align,
+        excluded=[],
+    )
+    kept = [align == "end" or len(a) == len(b) for a, b in zip(clean, corrupted, strict=True)]
+    reasons = [_unequal(*tokens) for tokens in every.tokens]
+    if not any(kept):
+        raise ValueError(
+            f"No pair has prompts of equal length; in the first, {reasons[0]}. Choose words of as many tokens, or "
+            'pass align="end" to compare positions counted from the end.'
+        )
+    return every.keep(kept, reasons)
+
+
+def _check_lists(pairs: Sequence[object], answers: Sequence[object], align: str) -> None:
+    if align not in ("equal", "end"):
+        raise ValueError(f'align is {align!r}; expected "equal" or "end".')
+    if isinstance(pairs, str) or not pairs or any(isinstance(p, str) or len(cast(Any, p)) != 2 for p in pairs):
+        raise ValueError(f"pairs is {pairs!r}; expected a list of (clean prompt, corrupted prompt).")
+    if len(answers) != len(pairs) or any(isinstance(a, str) or len(cast(Any, a)) != 2 for a in answers):
+        raise ValueError(
+            f"answers is {answers!r} for {len(pairs)} pairs; expected one (right answer, wrong answer) for each."
+        )
+
+
+def _check_answers(
+    pairs: Sequence[tuple[str, str]],
+    answers: Sequence[tuple[str, str]],
+    clean: list[list[int]],
+    ids: Int[Tensor, "n 2"],
+) -> None:
+    for (prompt, _), texts, tokens, (right, wrong) in zip(pairs, answers, clean, ids.tolist(), strict=True):
+        if right == wrong:
+            raise ValueError(f"Both answers to {prompt!r} are {texts[0]!r}; expected two different tokens.")
+        if tokens[-1] == right:
+            raise ValueError(
+                f"The prompt {prompt!r} ends with its own answer {texts[0]!r}; expected a prompt whose next token is "
+                "the answer. Cut the answer off."
+            )
+
+
+def _unequal(clean: list[str], corrupted: list[str]) -> str:
+    return f"the clean prompt has {len(clean)} tokens, {clean}, and the corrupted one {len(corrupted)}, {corrupted}"
+
+
+def last_positions(ids: Sequence[Sequence[int]]) -> Int[Tensor, " n"]:
+    """Index of each prompt's last token."""
+    return torch.tensor([len(row) - 1 for row in ids])
+
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+
+def logit_diffs(logits_last: Float[Tensor, "n d_vocab"], pairs: Pairs) -> Float[Tensor, " n"]:
+    """Logit of the right answer minus that of the wrong one, in nats; keeps device and graph."""
+    return metric_values(logits_last, pairs.answer_ids, pairs.wrong_ids, "logit_diff")
+
+
+def metric_values(
+    logits: Float[Tensor, "rows d_vocab"],
+    answer_ids: Int[Tensor, " rows"],
+    wrong_ids: Int[Tensor, " rows"],
+    metric: str,
+) -> Float[Tensor, " rows"]:
+    """One metric per row of logits, in float32 at least.
+
+    `logit_diff` is logit(answer) - logit(wrong) in nats, `logprob` the answer's log-probability in nats, `rank` the
+    answer's rank (1 is the most probable token).
+
+    Raises:
+        ValueError: A logit is infinite or not a number, or the metric is unknown.
+    """
+    check_finite(logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    answer = logits.gather(-1, answer_ids.to(logits.device)[:, None])
+    if metric == "logit_diff":
+        return (answer - logits.gather(-1, wrong_ids.to(logits.device)[:, None]))[:, 0]
+    if metric == "logprob":
+        return log_probs(logits).gather(-1, answer_ids.to(logits.device)[:, None])[:, 0]
+    if metric == "rank":
+        return 1 + (logits > answer).sum(-1).to(logits.dtype)
+    raise ValueError(f"The metric {metric!r} is not known; expected one of {', '.join(METRICS)}.")
+
+
+def recovered_interval(
+    changes: Float[Tensor, "n *cells"], gaps: Float[Tensor, " n"], seed: int, n_boot: int = N_BOOT, level: float = 0.95
+) -> tuple[Float[Tensor, "*cells"], Float[Tensor, "*cells"], Float[Tensor, "*cells"]]:
+    """Ratio of the mean change to the mean gap, with its percentile bootstrap interval over pairs: (ratio, low, high).
+
+    A ratio of means, so that a pair with a small gap does not count for more than one with a large gap. Numerator and
+    denominator share each resample. A resample whose mean gap is 0 has no ratio; it is left out, and if that is all of
+    them, everything is NaN.
+    """
+    changes, gaps = changes.detach().double().cpu(), gaps.detach().double().cpu()
+    n = len(gaps)
+    drawn = torch.randint(n, (n_boot, n), generator=torch.Generator().manual_seed(seed))
+    weights = torch.zeros(n_boot, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+    below = weights @ gaps
+    weights, below = weights[below != 0], below[below != 0]
+    if not len(below):
+        return (torch.full(changes.shape[1:], torch.nan, dtype=torch.float64),) * 3
+    ratios = (weights @ changes.flatten(1)) / below[:, None]
+    tail = (1 - level) / 2
+    bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = ratios.quantile(bounds, dim=0).reshape(2, *changes.shape[1:])
+    return changes.sum(0) / gaps.sum(), low, high
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Every metric of METRICS for every pair in the two unpatched runs, in float64 on the CPU."""
+
+    clean: Float[Tensor, "n metrics"]
+    corrupted: Float[Tensor, "n metrics"]
+
+    def of(self, metric: str) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """One metric, (clean, corrupted)."""
+        which = METRICS.index(metric)
+        return self.clean[:, which], self.corrupted[:, which]
+
+
+def with_gap(model: PreTrainedModel, pairs: Pairs, min_gap: float) -> tuple[Pairs, Baselines]:
+    """Run all prompts unpatched, and leave out the pairs whose logit difference falls by less than `min_gap` nats.
+
+    Raises:
+        ValueError: `min_gap` is not positive, no pair is left, or a logit is infinite or not a number.
+    """
+    if not min_gap > 0:
+        raise ValueError(f"min_gap is {min_gap}; expected more than 0 nats, since effects are divided by the gap.")
+    clean, corrupted = (pair_metrics(model, ids, pairs) for ids in (pairs.clean, pairs.corrupted))
+    kept = (clean - corrupted)[:, 0] >= min_gap
+    reasons = [
+        f"its logit difference is {a:.3g} nats in the clean run and {b:.3g} in the corrupted one, a gap of "
+        f"{a - b:.3g}; at least {min_gap:g} was asked for"
+        for a, b in zip(clean[:, 0].tolist(), corrupted[:, 0].tolist(), strict=True)
+    ]
+    if not bool(kept.any()):
+        raise ValueError(
+            f"No pair has a gap to be recovered: for the first, {reasons[0]}. Choose prompts between which the model's "
+            "answer changes, check that the right answer belongs to the clean prompt, or lower min_gap."
+        )
+    return pairs.keep(kept.tolist(), reasons), Baselines(clean[kept], corrupted[kept])
+
+
+def pair_infos(pairs: Pairs, baselines: Baselines) -> list[PairInfo]:
+    """The pairs as a result shows them."""
+    clean, corrupted = baselines.of("logit_diff")
+    return [
+        PairInfo(
+            pair=pairs.indices[i],
+            clean=pairs.texts[i][0],
+            corrupted=pairs.texts[i][1],
+            answer=pairs.answers[i][0],
+            wrong=pairs.answers[i][1],
+            clean_logit_diff=number(clean[i]),
+            corrupted_logit_diff=number(corrupted[i]),
+        )
+        for i in range(len(pairs))
+    ]
+
+
+def pair_metrics(model: PreTrainedModel, ids: list[list[int]], pairs: Pairs) -> Float[Tensor, "n metrics"]:
+    """Every metric of METRICS after the last token of each prompt, in float64 on the CPU."""
+    values = []
+    for part in range(0, len(ids), CHUNK_ROWS):
+        rows = slice(part, part + CHUNK_ROWS)
+        batch = pad(ids[rows], "right", 0, model.device)
+        last = last_positions(ids[rows])
+        logits = logits_at(model, batch, torch.arange(len(last)), last)
+        values.append(
+            [metric_values(logits, pairs.answer_ids[rows], pairs.wrong_ids[rows], metric) for metric in METRICS]
+        )
+    return torch.cat([torch.stack(chunk, -1) for chunk in values]).double().cpu()
+
+
+# ---------------------------------------------------------------------------------------------- positions
+
+
+@dataclass(frozen=True)
+class Column:
+    """Positions that correspond over all pairs: for each pair its (clean, corrupted) positions."""
+
+    label: str
+    positions: list[list[tuple[int, int]]]
+
+    def info(self, pairs: Pairs) -> ColumnInfo:
+        """The column as a result shows it."""
+        found = [
+            tuple("".join(tokens[at[side]] for at in where) for side, tokens in enumerate(pairs.tokens[i]))
+            for i, where in enumerate(self.positions)
+        ]
+        clean, corrupted = (list(dict.fromkeys(both[side] for both in found))[:TOKENS_SHOWN] for side in (0, 1))
+        return ColumnInfo(label=self.label, clean=clean, corrupted=corrupted, differs=any(a != b for a, b in found))
+
+
+def position_columns(pairs: Pairs) -> list[Column]:
+    """A column per position: from the start if all prompts have one length, else from the end as far as all reach."""
+    matches = [pairs.matches(i) for i in range(len(pairs))]
+    shared = min(len(row) for row in matches)
+    one_length = len({len(row) for row in [*pairs.clean, *pairs.corrupted]}) == 1
+    return [
+        Column(str(i if one_length else i - shared), [[row[len(row) - shared + i]] for row in matches])
+        for i in range(shared)
+    ]
+
+
+def span_columns(
+    tokenizer: PreTrainedTokenizerBase, pairs: Pairs, spans: Mapping[str, Sequence[str]], n_given: int
+) -> list[Column]:
+    """A column per named span: the tokens that hold a piece of the clean prompt's text, and what matches them.
+
+    Raises:
+        ValueError: A span has not one text for each of the `n_given` pairs, or does not occur once in its prompt, or
+            lies where the corrupted prompt has no matching position.
+    """
+    columns = []
+    for name, texts in spans.items():
+        if isinstance(texts, str) or len(texts) != n_given:
+            raise ValueError(f"The span {name!r} is {texts!r}; expected a list of {n_given} texts, one for each pair.")
+        where = []
+        for i, index in enumerate(pairs.indices):
+            partner = dict(pairs.matches(i))
+            positions = span_positions(tokenizer, pairs.texts[i][0], texts[index])
+            if not set(positions) <= set(partner):
+                raise ValueError(
+                    f"The span {texts[index]!r} of {pairs.texts[i][0]!r} begins before the corrupted prompt does, "
+                    "counted from the end; expected a span that both prompts have room for."
+                )
+            where.append([(position, partner[position]) for position in positions])
+        columns.append(Column(name, where))
+    return columns
+
+
+def span_positions(tokenizer: PreTrainedTokenizerBase, text: str, span: str) -> list[int]:
+    """Positions of the tokens that hold any character of `span`, which must occur once in `text`.
+
+    Raises:
+        ValueError: The span is empty, absent or there more than once, or the tokenizer does not tell where its tokens
+            lie.
+    """
+    if not span.strip() or text.count(span) != 1:
+        raise ValueError(
+            f"The span {span!r} occurs {text.count(span) if span else 0} times in {text!r}; expected once. "
+            "Give a piece of the clean prompt, long enough to be the only one."
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell where its tokens lie in a text; expected a fast tokenizer, "
+            "which named spans need. Load one with use_fast=True."
+        )
+    start = text.index(span) + len(span) - len(span.lstrip())
+    end = text.index(span) + len(span.rstrip())
+    offsets: Any = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
