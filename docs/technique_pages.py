@@ -8,27 +8,30 @@ Every example runs on the demo model; where its result has a figure, the figure 
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import chdir
+from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from interp_kernel import demo_model
 from interp_kernel.catalogue import call, package_techniques, sections
 from interp_kernel.sources import Technique
+from techniques.plots import FIGURES, plot
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "techniques.md"
 PICTURES = HERE / "techniques"
 WIDTH, SCALE = 800, 2
+COLOURS = 128
 INTRODUCTION = """# Techniques
 
 Plain functions of `(model, tokenizer, ...)` on plain Hugging Face models. Each runs in a script, in a `%%remote` cell,
@@ -49,10 +52,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, chdir(folder):
             figure = figure_of(run_example(technique, model=model, tokenizer=tokenizer))
         if figure is not None:
-            figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
-            figure.write_image(PICTURES / f"{technique.name}.png", width=WIDTH, scale=SCALE)
+            write_picture(figure, PICTURES / f"{technique.name}.png")
         print(technique.name, "" if figure is not None else "(no figure)", file=sys.stderr)
     PAGE.write_text(page(techniques))
+
+
+def write_picture(figure: Any, path: Path) -> None:
+    """Draw a figure on white, with a palette of few colours, which a third of the bytes suffice for."""
+    figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
+    drawn = Image.open(BytesIO(figure.to_image("png", width=WIDTH, scale=SCALE)))
+    drawn.convert("RGB").quantize(COLOURS).save(path, optimize=True)
 
 
 def page(techniques: Sequence[Technique]) -> str:
@@ -75,29 +84,31 @@ def example(technique: Technique) -> str:
 
 
 def run_example(technique: Technique, **names: Any) -> Any:
-    """Run the example and give its result: the value of its last line."""
-    exec(compile(with_result(example(technique)), f"<example of {technique.name}>", "exec"), names)
+    """Run the example and give what the technique returned in it, the last time if it is called more than once."""
+    exec(compile(with_result(technique), f"<example of {technique.name}>", "exec"), names)
     return names["result"]
 
 
-def with_result(code: str) -> str:
-    """The code with the value of its last line, an expression or an assignment to a name, bound to `result`."""
-    tree = ast.parse(code)
-    last = tree.body[-1]
-    if isinstance(last, ast.Assign):
-        last.targets.append(ast.Name("result", ast.Store()))
-    else:
-        assert isinstance(last, ast.Expr), f"the example ends with {ast.unparse(last)!r}; expected a result"
-        tree.body[-1] = ast.Assign([ast.Name("result", ast.Store())], last.value)
-    return ast.unparse(ast.fix_missing_locations(tree))
+def with_result(technique: Technique) -> str:
+    """The example's code, with what the technique returns bound to `result`."""
+    return ast.unparse(ast.fix_missing_locations(_ToResult(technique.name).visit(ast.parse(example(technique)))))
+
+
+class _ToResult(ast.NodeTransformer):
+    """Writes `technique(...)` as `(result := technique(...))`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        is_it = isinstance(node.func, ast.Name) and node.func.id == self.name
+        return ast.NamedExpr(ast.Name("result", ast.Store()), node) if is_it else node
 
 
 def figure_of(result: Any) -> Any:
-    """The figure of a result by its technique's name, or None if there is none."""
-    plots = importlib.import_module("techniques.plots")
-    name = result.get("technique") if isinstance(result, dict) else None
-    plot = getattr(plots, f"plot_{name}", None)
-    return plot(result) if plot else None
+    """The figure of a result, or None if its technique has none."""
+    return plot(result) if result["technique"] in FIGURES else None
 
 
 def load_demo() -> tuple[Any, Any]:

@@ -10,14 +10,14 @@ from itertools import groupby
 from pathlib import Path
 
 from interp_kernel.errors import TechniqueError
-from interp_kernel.sources import Parameter, Technique, read_techniques
+from interp_kernel.sources import Parameter, Technique, read_raters, read_techniques
 
 # A heading of a docstring's section, as Google style has them; the text may follow on the same line.
 _HEADING = re.compile(r"^([A-Z][a-z]+):(?: (.*))?$")
 
 
 def package_techniques() -> list[Technique]:
-    """The techniques that come with interp-kernel, by name.
+    """The techniques that come with interp-kernel, by name; raters of texts, which need no model, last.
 
     Raises:
         TechniqueError: The package `techniques` is missing.
@@ -25,7 +25,8 @@ def package_techniques() -> list[Technique]:
     spec = importlib.util.find_spec("techniques")
     if spec is None or not spec.submodule_search_locations:
         raise TechniqueError("The package `techniques` is not installed; install interp-kernel again.")
-    return read_techniques(Path(next(iter(spec.submodule_search_locations))))
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    return [*read_techniques(folder), *read_raters(folder / "behaviour.py")]
 
 
 def listing(techniques: Iterable[Technique]) -> str:
@@ -35,13 +36,14 @@ def listing(techniques: Iterable[Technique]) -> str:
 
 
 def call(technique: Technique) -> str:
-    """The call as a user writes it: parameters after model and tokenizer, with their defaults."""
+    """The call as a user writes it, defaults included."""
     parameters = list(technique.parameters)
     first_keyword = next((i for i, p in enumerate(parameters) if p.kind in ("*", "keyword")), None)
     words = [_parameter(parameter) for parameter in parameters]
     if first_keyword is not None and parameters[first_keyword].kind == "keyword":
         words.insert(first_keyword, "*")
-    return f"{technique.name}({', '.join(['model', 'tokenizer', *words])})"
+    first = ["model", "tokenizer"] if technique.takes_model else []
+    return f"{technique.name}({', '.join([*first, *words])})"
 
 
 def sections(docstring: str) -> dict[str, str]:

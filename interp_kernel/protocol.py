@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -387,9 +388,9 @@ def _pickler_class() -> type[Any]:
     import cloudpickle
 
     class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def __init__(self, shipment: Shipment, reducer: Reducer, limit: int | None) -> None:
+        def __init__(self, shipment: Shipment, reducer: Reducer, limit: int | None, lazy: bool) -> None:
             self.stream = _LimitedBytes(limit)
-            self.shipment, self.reducer, self.limit, self.nbytes = shipment, reducer, limit, 0
+            self.shipment, self.reducer, self.limit, self.lazy, self.nbytes = shipment, reducer, limit, lazy, 0
             super().__init__(self.stream, protocol=5, buffer_callback=self.take)
 
         def take(self, buffer: pickle.PickleBuffer) -> bool:
@@ -408,10 +409,15 @@ def _pickler_class() -> type[Any]:
                 if obj.__module__ == cloudpickle.cloudpickle.__name__:
                     return NotImplemented  # one of its own helpers, which go by name with every function
                 self.note_function(obj)
-                return super().reducer_override(obj)
+                reduced = super().reducer_override(obj)
+                return with_lazy_globals(reduced) if self.lazy and isinstance(reduced, tuple) else reduced
+            if type(obj) is ImportedName:
+                return load_reference, ("attribute", [obj.module, obj.name])
             if isinstance(obj, types.CodeType):
                 return super().reducer_override(obj)
             if (reference := self.reducer(obj)) is not None:
+                if reference[0] == "attribute":
+                    self.shipment.modules.add(reference[1][0])
                 return load_reference, reference
             if (torch := sys.modules.get("torch")) is not None and isinstance(obj, torch.Tensor):
                 return self.reduce_tensor(obj, torch)
@@ -452,6 +458,33 @@ def _pickler_class() -> type[Any]:
     return ValuePickler
 
 
+@dataclass(frozen=True)
+class ImportedName:
+    """Stands for an imported function or class in the globals of a function that is pickled."""
+
+    module: str
+    name: str
+
+
+def importable(value: Any) -> tuple[str, str] | None:
+    """Module and name of an imported function or class, which go back by name: pickled, they would be imported."""
+    if not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+        return None
+    module, name = getattr(value, "__module__", None), value.__qualname__
+    if module in (None, "__main__", "builtins") or getattr(sys.modules.get(module), name, None) is not value:
+        return None
+    return module, name
+
+
+def with_lazy_globals(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What cloudpickle made of a function, changed so that to load it imports nothing that its code names."""
+    function_globals = reduced[2][1]["__globals__"]
+    for name, value in function_globals.items():
+        if (place := importable(value)) is not None:
+            function_globals[name] = ImportedName(*place)
+    return reduced
+
+
 def refuse_what_stays(obj: Any) -> None:
     """Say in words why a model or a generator does not travel, where pickle would fail or copy gigabytes."""
     transformers = sys.modules.get("transformers.modeling_utils")
@@ -469,20 +502,21 @@ def no_reference(_: Any) -> Reference | None:
     return None
 
 
-def dumps(value: Any, reducer: Reducer = no_reference, limit: int | None = None) -> Shipment:
+def dumps(value: Any, reducer: Reducer = no_reference, limit: int | None = None, *, lazy: bool = False) -> Shipment:
     """Pickle a value.
 
     Args:
         value: Anything that cloudpickle takes; tensors on any device.
         reducer: Gives the reference for an object that must not be copied, else None.
         limit: Largest size in bytes, buffers included.
+        lazy: The receiver gets what a function's code has imported as references, to be imported at the first use.
 
     Raises:
         TooLargeError: The pickle is larger than `limit`.
         Exception: Whatever pickling the value raised, as a TypeError or a ShipError.
     """
     shipment = Shipment()
-    pickler = _pickler_class()(shipment, reducer, limit)
+    pickler = _pickler_class()(shipment, reducer, limit, lazy)
     pickler.dump(value)
     pickler.count(pickler.stream.tell())
     shipment.frames.insert(0, pickler.stream.getbuffer())

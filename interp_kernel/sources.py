@@ -26,6 +26,7 @@ __all__ = [
     "Technique",
     "collect_modules",
     "convert_technique_to_standalone",
+    "read_raters",
     "read_technique",
     "read_techniques",
     "technique_modules",
@@ -76,6 +77,7 @@ class Technique:
         docstring: The whole of it, or "".
         parameters: Those after model and tokenizer.
         is_old_style: The file has it with `self`; it travels converted to `f(model, tokenizer, ...)`.
+        takes_model: False for a function that rates texts, needs no model and runs anywhere.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Technique:
     docstring: str
     parameters: tuple[Parameter, ...]
     is_old_style: bool = False
+    takes_model: bool = True
 
     def __call__(self, *_args: object, **_kwargs: object) -> object:
         """Refuse: the model is on the worker."""
@@ -266,6 +269,17 @@ def read_techniques(folder: Path) -> list[Technique]:
     return sorted((t for path in files for t in _techniques_in(path)), key=lambda technique: technique.name)
 
 
+def read_raters(path: Path) -> list[Technique]:
+    """The public functions of a file that take texts instead of a model.
+
+    Raises:
+        TechniqueError: The file is broken.
+    """
+    tree = _read(Path(os.path.abspath(path))).tree
+    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+    return [_technique(node, path) for node in functions if not node.name.startswith("_")]
+
+
 def read_technique(path: Path, name: str | None = None) -> Technique:
     """One technique of a file.
 
@@ -333,6 +347,7 @@ def _converted(source: str, name: str, path: Path) -> str:
 
 def _technique(node: ast.FunctionDef | ast.AsyncFunctionDef, path: Path, *, is_old_style: bool = False) -> Technique:
     docstring = ast.get_docstring(node) or ""
+    takes_model = takes_model_first(node)
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     return Technique(
         name=node.name,
@@ -341,8 +356,9 @@ def _technique(node: ast.FunctionDef | ast.AsyncFunctionDef, path: Path, *, is_o
         signature=f"({ast.unparse(node.args)}){returns}",
         purpose=docstring.partition("\n")[0],
         docstring=docstring,
-        parameters=tuple(_parameters(node.args))[2:],
+        parameters=tuple(_parameters(node.args))[2 if takes_model else 0 :],
         is_old_style=is_old_style,
+        takes_model=takes_model,
     )
 
 

@@ -94,10 +94,7 @@ def _cutter(layer: int, cut: Bool[Tensor, "batch heads query key"], fired: set[i
             )
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         fired.add(layer)
-        return args, {
-            **kwargs,
-            "attention_mask": _masked(kwargs["attention_mask"], cut.to(hidden.device), layer, hidden),
-        }
+        return args, {**kwargs, "attention_mask": _masked(kwargs["attention_mask"], cut, layer, hidden)}
 
     return hook
 
@@ -114,6 +111,7 @@ def _masked(mask: Any, cut: Bool[Tensor, "batch heads query key"], layer: int, h
             f"Attention of layer {layer} has a mask {found}; expected [batch heads query key] with {cut.shape[-1]} "
             "positions. Load the model with attn_implementation='sdpa' and run it without a cache."
         )
+    cut = cut.to(mask.device)
     # The first query always sees itself, which tells whether True means "sees" or "is masked" (as in MPT).
     sees = mask == mask[..., :1, :1] if mask.dtype == torch.bool else mask > floor / 2
     left = sees & ~cut

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, TypedDict, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,13 +14,16 @@ from torch import Tensor
 from techniques._batches import in_batches
 from techniques._contrast import MAX_TOKENS, Contrast, as_leaf, frozen
 from techniques._edges import Graph, max_tokens, run_edges, sender_outputs, sender_points
-from techniques._hooks import Change, HookPoint, edit, record
+from techniques._hooks import HookPoint, edit, record
 from techniques._nodes import Node
+from techniques._pairs import recovered_interval
+from techniques._results import number
 from techniques._tokens import Batch
 
 Mode = Literal["resample", "mean", "zero"]
 MODES = ("resample", "mean", "zero")
-SITES_OF = ("z", "mlp_out")  # where heads and MLPs are exchanged
+RUN_TOKENS = 2048  # of a pass that runs several circuits at once
+NODE_SITES = ("z", "mlp_out")  # where heads and MLPs are exchanged
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,12 @@ class Runner:
     def _run(self, circuits: Bool[Tensor, "circuits parts"], which: list[int]) -> list[Float[Tensor, " circuits"]]:
         clean = self.contrast.batch(self.contrast.pairs.clean, which)
         given = self.replacements(which)
-        run = self._nodes_run if self.parts.nodes else self._edges_run(given)
-        return list(torch.stack([run(clean, circuit, given, which).cpu() for circuit in circuits], -1))
+        if self.parts.nodes:
+            at_once = max(1, RUN_TOKENS // clean.input_ids.numel())
+            diffs = torch.cat([self._run_nodes(clean, part, given, which) for part in torch.split(circuits, at_once)])
+        else:
+            diffs = self._run_edges(clean, circuits, given, which)
+        return list(diffs.T.cpu())
 
     def replacements(self, which: list[int]) -> dict[HookPoint, Tensor]:
         """What the components of the chosen pairs get when they are not in a circuit; broadcasts over tokens."""
@@ -97,34 +104,51 @@ class Runner:
             self.contrast.logit_diffs(self.contrast.batch(self.contrast.pairs.corrupted, which), which)
         return given
 
-    def _nodes_run(
-        self, clean: Batch, circuit: Bool[Tensor, " parts"], given: dict[HookPoint, Tensor], which: list[int]
-    ) -> Float[Tensor, " n"]:
-        removed = [node for node, is_kept in zip(self.parts.nodes, circuit.tolist(), strict=True) if not is_kept]
-        heads: dict[int, list[int]] = {}
-        edits: dict[HookPoint, Change] = {}
-        for node in removed:
+    def _run_nodes(
+        self,
+        clean: Batch,
+        circuits: Bool[Tensor, "circuits parts"],
+        given: dict[HookPoint, Tensor],
+        which: list[int],
+    ) -> Float[Tensor, "circuits n"]:
+        """All circuits in one pass, each on a copy of the batch."""
+        decoder, n = self.parts.graph.decoder, len(circuits)
+        heads = torch.ones(n, decoder.n_layers, decoder.n_heads, dtype=torch.bool)
+        mlps = torch.ones(n, decoder.n_layers, dtype=torch.bool)
+        for node, kept in zip(self.parts.nodes, circuits.T, strict=True):
             if node.kind == "head":
-                heads.setdefault(node.layer, []).append(node.head)
+                heads[:, node.layer, node.head] = kept
             else:
-                point = HookPoint("mlp_out", node.layer)
-                edits[point] = partial(_replaced, given[point])
-        for layer, gone in heads.items():
-            point = HookPoint("z", layer)
-            edits[point] = partial(_heads_replaced, given[point], gone)
+                mlps[:, node.layer] = kept
+        masks = {HookPoint("z", i): heads[:, None, None, i, :, None] for i in range(decoder.n_layers)}
+        masks |= {HookPoint("mlp_out", i): mlps[:, i, None, None, None] for i in range(decoder.n_layers)}
+        edits = {at: partial(_exchange, mask, given[at]) for at, mask in masks.items() if not mask.all()}
+        copies = Batch(clean.input_ids.repeat(n, 1), clean.attention_mask.repeat(n, 1))
         with edit(self.contrast.model, edits):
-            return self.contrast.logit_diffs(clean, which)
+            return self.contrast.logit_diffs(copies, which * n).view(n, -1)
 
-    def _edges_run(self, given: dict[HookPoint, Tensor]) -> Callable[..., Float[Tensor, " n"]]:
-        corrupted = sender_outputs(self.parts.graph.decoder, given)
-
-        def run(clean: Batch, circuit: Bool[Tensor, " parts"], _: object, which: list[int]) -> Float[Tensor, " n"]:
-            kept = torch.zeros_like(self.parts.graph.possible)
+    def _run_edges(
+        self,
+        clean: Batch,
+        circuits: Bool[Tensor, "circuits parts"],
+        given: dict[HookPoint, Tensor],
+        which: list[int],
+    ) -> Float[Tensor, "circuits n"]:
+        graph = self.parts.graph
+        corrupted = sender_outputs(graph.decoder, given)
+        read = partial(self.contrast.logit_diffs, which=which)
+        diffs = []
+        for circuit in circuits:
+            kept = torch.zeros_like(graph.possible)
             kept[self.parts.edges[:, 0], self.parts.edges[:, 1]] = circuit
-            read = partial(self.contrast.logit_diffs, which=which)
-            return run_edges(self.contrast.model, self.parts.graph, clean, corrupted, kept, read)
+            diffs.append(run_edges(self.contrast.model, graph, clean, corrupted, kept, read))
+        return torch.stack(diffs)
 
-        return run
+
+def _exchange(kept: Bool[Tensor, "circuits ..."], given: Tensor, value: Tensor) -> Tensor:
+    """The value where a circuit keeps it, else what is given; the batch holds a copy for each circuit."""
+    copies = value.view(len(kept), -1, *value.shape[1:])
+    return torch.where(kept.to(value.device), copies, given.to(value.device)).flatten(0, 1)
 
 
 def runner(contrast: Contrast, parts: Parts, mode: str) -> Runner:
@@ -160,24 +184,13 @@ def _means(contrast: Contrast, points: list[HookPoint]) -> dict[HookPoint, Tenso
     return {point: (torch.stack([one[point] for one in found]).sum(0) / n_tokens).to(dtype) for point in points}
 
 
-def _replaced(given: Tensor, value: Tensor) -> Tensor:
-    return given.to(value.device).expand_as(value)
-
-
-def _heads_replaced(given: Tensor, heads: list[int], value: Tensor) -> Tensor:
-    is_gone = torch.zeros(value.shape[2], dtype=torch.bool, device=value.device).index_fill(
-        0, torch.tensor(heads, device=value.device), True
-    )
-    return torch.where(is_gone[:, None], given.to(value.device), value)
-
-
 def node_effects(runner: Runner, pairs: Sequence[int]) -> Float[Tensor, "n parts"]:
     """Estimated change of the logit difference by removing each component, from one gradient; in nats."""
 
     def work(which: list[int]) -> list[Tensor]:
         contrast, model = runner.contrast, runner.contrast.model
         given = runner.replacements(which)
-        points = [HookPoint(site, layer) for layer in range(runner.parts.graph.decoder.n_layers) for site in SITES_OF]
+        points = [HookPoint(site, layer) for layer in range(runner.parts.graph.decoder.n_layers) for site in NODE_SITES]
         start = {HookPoint("resid_pre", 0): as_leaf}
         with frozen(model), edit(model, start), record(model, points) as seen:
             diffs = contrast.logit_diffs(contrast.batch(contrast.pairs.clean, which), which)
@@ -196,3 +209,51 @@ def _effect(effects: dict[HookPoint, Tensor], node: Node) -> Float[Tensor, " n"]
     if node.kind == "head":
         return effects[HookPoint("z", node.layer)][:, node.head]
     return effects[HookPoint("mlp_out", node.layer)]
+
+
+# ---------------------------------------------------------------------------------------------- faithfulness
+
+
+class Faithfulness(TypedDict):
+    """(m(C) - m(0)) / (m(N) - m(0)): 1 if the circuit does what the model does, 0 if it does what nothing does.
+
+    Attributes:
+        value: Ratio of means over pairs.
+        low: Lower end of the 95 % bootstrap interval over pairs.
+        high: Upper end.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What counts as everything and as nothing: logit differences of the whole and of the empty model."""
+
+    full: Float[Tensor, " n"]
+    empty: Float[Tensor, " n"]
+    seed: int
+
+    def of(self, pairs: Sequence[int]) -> Scale:
+        """The same for some of the pairs."""
+        return Scale(self.full[list(pairs)], self.empty[list(pairs)], self.seed)
+
+    def shares(self, values: Float[Tensor, "circuits n"]) -> Float[Tensor, " circuits"]:
+        """Faithfulness of each circuit."""
+        return (values - self.empty).mean(-1) / (self.full - self.empty).mean()
+
+    def faithfulness(self, values: Float[Tensor, " n"]) -> Faithfulness:
+        """Of one circuit, with its interval."""
+        found = recovered_interval((values - self.empty)[:, None], self.full - self.empty, self.seed)
+        value, low, high = (number(part[0]) for part in found)
+        return Faithfulness(value=value, low=low, high=high)
+
+
+def scaled(runs: Runner, min_gap: float, seed: int) -> tuple[Runner, Scale]:
+    """The runner on the pairs that tell the whole model from the empty circuit, and the two."""
+    both = torch.tensor([[True], [False]]).expand(2, len(runs.parts.names))
+    full, empty = runs.values(both, range(len(runs.contrast.pairs)))
+    contrast, kept = runs.contrast.without_small_gaps(full, empty, min_gap)
+    return replace(runs, contrast=contrast), Scale(full[kept], empty[kept], seed)

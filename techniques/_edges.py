@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,6 @@ from techniques._hooks import HookPoint, edit
 from techniques._model import Decoder
 from techniques._nodes import INPUT, LOGITS, Node, head_outputs
 from techniques._tokens import Batch
-
 
 BUDGET_BYTES = 512 * 2**20  # of what senders add and receivers' gradients in a batch of pairs
 
@@ -92,7 +92,7 @@ def _some(names: Iterable[str]) -> str:
 
 def graph_of(decoder: Decoder) -> Graph:
     """The graph of a model."""
-    senders, receivers, n_before = [INPUT], [], []
+    senders, receivers, n_before = [INPUT], list[Receiver](), list[int]()
     is_shared = decoder.n_kv_heads < decoder.n_heads
     for layer in range(decoder.n_layers):
         for slot, n in (("q", decoder.n_heads), ("k", decoder.n_kv_heads), ("v", decoder.n_kv_heads)):
@@ -189,17 +189,17 @@ class _Run:
     def edits(self) -> dict[HookPoint, Callable[[Tensor], Tensor]]:
         """What the hooks do, layer by layer."""
         found: dict[HookPoint, Callable[[Tensor], Tensor]] = {}
-        for layer in range(self.graph.decoder.n_layers):
-            found[HookPoint("resid_pre", layer)] = lambda value, at=layer: self.enter(value, at)  # type: ignore[misc]
-            for slot in "qkv":
-                found[HookPoint(slot, layer)] = lambda value, at=layer, s=slot: self.pick(value, at, s)  # type: ignore[misc]
+        n_layers = self.graph.decoder.n_layers
+        for layer in range(n_layers):
+            found[HookPoint("resid_pre", layer)] = partial(self.enter, layer)
+            found |= {HookPoint(slot, layer): partial(self.pick, layer, slot) for slot in "qkv"}
             found[HookPoint("z", layer)] = self.keep_z
-            found[HookPoint("attn_out", layer)] = lambda value, at=layer: self.after_attention(value, at)  # type: ignore[misc]
-            found[HookPoint("mlp_out", layer)] = lambda value, at=layer: self.after_mlp(value, at)  # type: ignore[misc]
-        found[HookPoint("resid_post", layer)] = self.leave
+            found[HookPoint("attn_out", layer)] = partial(self.after_attention, layer)
+            found[HookPoint("mlp_out", layer)] = partial(self.after_mlp, layer)
+        found[HookPoint("resid_post", n_layers - 1)] = self.leave
         return found
 
-    def enter(self, value: Tensor, layer: int) -> Tensor:
+    def enter(self, layer: int, value: Tensor) -> Tensor:
         base = value[: self.n]
         if layer == 0:
             self.current = [base.unsqueeze(2)]
@@ -208,8 +208,8 @@ class _Run:
         self.stream = torch.cat([*copies, *[base] * (n_copies - len(copies))])
         return self.stream
 
-    def pick(self, value: Tensor, layer: int, slot: str) -> Tensor:
-        copies = value.unflatten(0, (-1, self.n))
+    def pick(self, layer: int, slot: str, value: Tensor) -> Tensor:
+        copies = value.view(-1, self.n, *value.shape[1:])
         heads = [copies[copy, :, :, head] for head, copy in enumerate(self.rows[layer].slots[slot])]
         return torch.cat([torch.stack(heads, 2), value[self.n :]])
 
@@ -217,7 +217,7 @@ class _Run:
         self.z = value[: self.n]
         return value
 
-    def after_attention(self, value: Tensor, layer: int) -> Tensor:
+    def after_attention(self, layer: int, value: Tensor) -> Tensor:
         assert self.z is not None
         assert self.stream is not None
         base = value[: self.n]
@@ -228,8 +228,8 @@ class _Run:
         copy = middle + self.missing(self.rows[layer].mlp_wanted, middle) - self.stream[self.n : 2 * self.n]
         return torch.cat([base, copy, value[2 * self.n :]])
 
-    def after_mlp(self, value: Tensor, layer: int) -> Tensor:
-        copies = value.unflatten(0, (-1, self.n))
+    def after_mlp(self, layer: int, value: Tensor) -> Tensor:
+        copies = value.view(-1, self.n, *value.shape[1:])
         base = copies[self.rows[layer].mlp]
         self.current.append(base.unsqueeze(2))
         return torch.cat([base, value[self.n :]])

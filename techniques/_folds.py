@@ -77,11 +77,11 @@ def cross_validate(
     positive = one_vs_rest(classes, n_classes)
     scores = x.new_zeros(positive.shape)
     converged = True
-    for fold in folds.unique():
+    for fold in torch.unique(folds):
         train, test = folds != fold, folds == fold
         scale = Scale(x[train], eps)
         fitted = fit(method, scale(x[train]), positive[train].flatten(1), c)
-        scores[test] = fitted.scores(scale(x[test])).unflatten(1, positive.shape[1:])
+        scores[test] = fitted.scores(scale(x[test])).view(-1, *positive.shape[1:])
         converged &= bool(fitted.converged.all())
     return scores, converged
 

@@ -15,9 +15,9 @@ and rotary embedding. mlp_pre is the input of the activation function, mlp_post 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from techniques._model import SITES, Decoder, Heads, Layer, Site, UnsupportedModelError, find_decoder
+from techniques._taps import After, Before, Placement, placed
 from techniques._tokens import Batch, check_finite
 
 Change = Callable[[Tensor], Tensor]
 Look = Callable[[Tensor], Tensor | None]
-Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
-After = Callable[[Any], Any]
 
 
 class HookPoint(NamedTuple):
@@ -85,86 +84,12 @@ def find_site(decoder: Decoder, point: HookPoint) -> tuple[Layer, Site]:
     layer = decoder.layers[point.layer]
     site = layer.sites.get(point.site)
     if site is None:
-        why = ""
-        if decoder.parallel and point.site == "resid_mid":
-            why = " Its attention and MLP run in parallel on resid_pre, so nothing lies between them."
+        why = " Its attention and MLP both read resid_pre, so nothing lies between them." if decoder.parallel else ""
         raise UnsupportedModelError(
-            f"Layer {point.layer} of this model has no {point.site};{why and ' it'} expected one of "
-            f"{', '.join(layer.sites)}.{why}"
+            f"Layer {point.layer} of this model has no {point.site}; expected one of {', '.join(layer.sites)}."
+            f"{why if point.site == 'resid_mid' else ''}"
         )
     return layer, site
-
-
-class _Tap(NamedTuple):
-    """Functions that see a module's arguments and its output; what they return, unless None, goes on in its place."""
-
-    before: list[Before]
-    after: list[After]
-    forward: Callable[..., Any]
-    is_own: bool
-
-
-class Placement(NamedTuple):
-    """A function for the arguments (`Before`) or the output (`After`) of a module."""
-
-    module: nn.Module
-    is_input: bool
-    function: Before | After
-
-
-def _tap(module: nn.Module) -> _Tap:
-    """The tap in place of a module's `forward`, laid if there is none.
-
-    torch's own hooks cost several microseconds per module and call, which is a tenth of a small model's forward pass.
-    """
-    own = module.__dict__.get("forward")  # accelerate leaves one on a sharded model
-    if (known := getattr(own, "_tap", None)) is not None:
-        return cast(_Tap, known)
-    before: list[Before] = []
-    after: list[After] = []
-    forward = module.forward
-
-    def tapped(*args: Any, **kwargs: Any) -> Any:
-        for see in before:
-            if (changed := see(args, kwargs)) is not None:
-                args, kwargs = changed
-        output = forward(*args, **kwargs)
-        for look in after:
-            if (new := look(output)) is not None:
-                output = new
-        return output
-
-    tap = _Tap(before, after, forward, own is not None)
-    tapped._tap, tapped.forward = tap, forward  # type: ignore[attr-defined]
-    module.__dict__["forward"] = tapped
-    return tap
-
-
-@contextmanager
-def placed(placements: Sequence[Placement]) -> Iterator[None]:
-    """Place functions on modules; those placed later see what those placed earlier have made of a value."""
-    try:
-        for module, is_input, function in placements:
-            tap = _tap(module)
-            (tap.before if is_input else tap.after).append(function)  # type: ignore[arg-type]
-        yield
-    finally:
-        for module, is_input, function in placements:
-            _remove(module, is_input, function)
-
-
-def _remove(module: nn.Module, is_input: bool, function: Before | After) -> None:
-    tap: _Tap | None = getattr(module.__dict__.get("forward"), "_tap", None)
-    if tap is None:  # an interrupt came before it was laid
-        return
-    functions: list[Any] = tap.before if is_input else tap.after
-    if function in functions:
-        functions.remove(function)
-    if not tap.before and not tap.after:
-        if tap.is_own:
-            module.__dict__["forward"] = tap.forward
-        else:
-            del module.__dict__["forward"]
 
 
 @contextmanager
@@ -375,7 +300,10 @@ def _pattern_editor(layer: Layer, change: Change) -> list[Placement]:
     """The pattern is known only after attention has used it, so what it weighs and projects is computed once more."""
     attn, o_proj, v = layer.attn, layer.o_proj, layer.sites.get("v")
     if attn is None or o_proj is None or v is None:
-        raise UnsupportedModelError("Attention of this model has no values of its own; a pattern can only be read.")
+        raise UnsupportedModelError(
+            "Attention of this model has no values of its own; expected a projection that gives v. Read the pattern, "
+            "or edit another site."
+        )
     seen: dict[str, Tensor] = {}
 
     def see_values(raw: Tensor) -> None:

@@ -52,7 +52,8 @@ def _row_space(x: Float[Tensor, "n d"]) -> Float[Tensor, "d rank"] | None:
         return None
     values, vectors = torch.linalg.eigh(x.double() @ x.double().T)
     kept = values > values[-1] * 1e-10
-    return (x.double().T @ (vectors[:, kept] / values[kept].sqrt())).to(x.dtype)
+    basis: Tensor = x.double().T @ (vectors[:, kept] / values[kept].sqrt())
+    return basis.to(x.dtype)
 
 
 class _State:

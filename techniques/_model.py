@@ -41,6 +41,7 @@ SITES = (
     "mlp_out",
     "resid_post",
 )
+PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")  # what configs call parallel blocks
 FUSED = {
     "query_key_value": True,
     "c_attn": False,
@@ -228,35 +229,31 @@ def _final_norm(children: dict[str, nn.Module]) -> nn.Module | None:
 def _layer(config: Any, n_heads: int, block: nn.Module) -> Layer:
     children = dict(block.named_children())
     norms = {name: child for name, child in children.items() if _is_norm(name, child)}
-    rest = {name: child for name, child in children.items() if name not in norms}
-    attn = next((child for child in rest.values() if "Attention" in type(child).__name__), None)
-    mlp = next((child for child in rest.values() if child is not attn and any(child.children())), None)
+    others = [child for name, child in children.items() if name not in norms]
+    attn = next((child for child in others if "Attention" in type(child).__name__), None)
     if attn is None:
-        mlp = None  # what else a block without attention holds is no MLP
-    reads, o_proj = _projections(attn) if attn is not None else ({}, None)
+        return Layer(block, None, None, None, None, None, None, _sites(block, {}))
+    mlp = next((child for child in others if child is not attn and any(child.children())), None)
+    reads, o_proj = _projections(attn)
     mlp_proj = _last_linear(mlp) if mlp is not None else None
     after_attn, after_mlp = _post_norms(norms)
-    is_parallel = any(getattr(config, flag, False) for flag in ("use_parallel_residual", "parallel_attn"))
-    is_parallel |= bool(getattr(config, "new_decoder_architecture", False))
+    attn_add = after_attn or (o_proj if _adds_residual(attn) else attn)
+    mlp_add = after_mlp or (mlp_proj if mlp is not None and _adds_residual(mlp) else mlp)
     before = [name for name in norms if norms[name] not in (after_attn, after_mlp)]
     second = sorted(before, key=lambda name: "input" not in name)[1:]  # Falcon lists its first norm last
     mid = norms[second[-1]] if second else mlp if after_mlp is not None else None
-    if is_parallel or mlp is None:
+    if mlp is None or any(getattr(config, flag, False) for flag in PARALLEL):
         mid = None
-    attn_add = after_attn or (o_proj if attn is not None and _adds_residual(attn) else attn)
-    mlp_add = after_mlp or (mlp_proj if mlp is not None and _adds_residual(mlp) else mlp)
-    sites = {"resid_pre": Site(block, True), "resid_post": Site(block, False)}
-    if attn is not None and attn_add is not None:
-        sites |= {"attn_out": Site(attn_add, False), "pattern": Site(attn, False)}
-    if o_proj is not None:
-        sites |= _head_sites(reads, o_proj, n_heads)
-    if mid is not None:
-        sites["resid_mid"] = Site(mid, True)
-    if mlp is not None and mlp_add is not None:
-        sites["mlp_out"] = Site(mlp_add, False)
-        sites |= _neuron_sites(mlp, mlp_proj)
-    ordered = {name: sites[name] for name in SITES if name in sites}
-    return Layer(block, attn, attn_add, o_proj, mlp, mlp_add, mid, ordered)
+    found = {"pattern": Site(attn, False)} | (_head_sites(reads, o_proj, n_heads) if o_proj is not None else {})
+    found |= _neuron_sites(mlp, mlp_proj) if mlp is not None else {}
+    added = {"attn_out": (attn_add, False), "mlp_out": (mlp_add, False), "resid_mid": (mid, True)}
+    found |= {name: Site(part, is_input) for name, (part, is_input) in added.items() if part is not None}
+    return Layer(block, attn, attn_add, o_proj, mlp, mlp_add, mid, _sites(block, found))
+
+
+def _sites(block: nn.Module, found: Mapping[str, Site]) -> dict[str, Site]:
+    every = {"resid_pre": Site(block, True), "resid_post": Site(block, False), **found}
+    return {name: every[name] for name in SITES if name in every}
 
 
 def _post_norms(norms: Mapping[str, nn.Module]) -> tuple[nn.Module | None, nn.Module | None]:
@@ -299,10 +296,10 @@ def _head_sites(reads: Mapping[str, nn.Module], o_proj: nn.Module, n_heads: int)
     for name, module in reads.items():
         slots = cast(tuple[int, int], widths(module))[1] // d_head
         if name in FUSED:
-            n_kv = (slots - n_heads) // 2
-            groups, n = (n_kv, n_heads // n_kv) if FUSED[name] else (1, n_heads)
-            n_kv = 1 if FUSED[name] else n_kv
-            bounds = {"q": (0, n), "k": (n, n + n_kv), "v": (n + n_kv, n + 2 * n_kv)}
+            n_kv = max(1, (slots - n_heads) // 2)
+            groups = n_kv if FUSED[name] else 1
+            q, kv = n_heads // groups, n_kv // groups
+            bounds = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
             sites |= {site: Site(module, False, Heads(groups, *bounds[site], d_head)) for site in bounds}
         else:
             sites[name[0]] = Site(module, False, Heads(1, 0, slots, d_head))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+FORMAT = "6.54.12"  # version of SAELens whose format is written; without one it takes a folder for an older one
 ARCHITECTURES = ("standard", "topk", "jumprelu")
 
 
@@ -70,14 +71,13 @@ class SAE:
 
     def to(self, device: torch.device) -> SAE:
         """The same SAE on a device."""
-        moved = {name: value.to(device) for name, value in self._tensors().items()}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self._tensors().items()}
         return replace(self, **moved)
 
     def unit_rows(self) -> SAE:
-        """The same function with decoder rows of norm 1, so that activations of different features compare.
+        """Decoder rows of norm 1, so that activations of different features compare; the rest scaled to match.
 
-        A feature whose row is zero keeps it. A topk SAE is scaled only where its rows are equally long already:
-        other scales would change which k features win.
+        It is the same function, except that topk then chooses by activation times norm. A row of zeros stays.
         """
         norms = self.w_dec.norm(dim=1)
         norms = torch.where(norms > 0, norms, torch.ones_like(norms))
@@ -116,8 +116,9 @@ def save_sae(sae: SAE, path: str | Path) -> Path:
         "device": "cpu",
         "apply_b_dec_to_input": sae.subtracts_b_dec,
         "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": sae.metadata,
+        # Heads come side by side, as they do here; SAELens puts them so for z alone.
+        "reshape_activations": "hook_z" if str(sae.metadata.get("hook_name")).endswith("hook_z") else "none",
+        "metadata": {"sae_lens_version": FORMAT} | sae.metadata,
     }
     if sae.k is not None:
         config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
@@ -161,25 +162,29 @@ def load_sae(path: str | Path) -> SAE:
         threshold=tensors.get("threshold"),
         k=int(config["k"]) if is_topk else None,
         subtracts_b_dec=config.get("apply_b_dec_to_input", True),
-        metadata=config.get("metadata", {}),
+        metadata=config["metadata"],
     )
     return sae.unit_rows() if is_topk and config.get("rescale_acts_by_decoder_norm", False) else sae
 
 
 def _check_config(config: dict[str, Any]) -> None:
+    if "metadata" not in config:
+        raise ValueError(
+            "The SAE's cfg.json has no metadata; expected the format of SAELens 6 or later. Load it with SAELens and "
+            "save it again."
+        )
     architecture = config.get("architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(
             f"The SAE's architecture is {architecture!r}; expected one of {', '.join(ARCHITECTURES)}. "
             "Save a batchtopk SAE for inference, which makes it a jumprelu."
         )
-    for name in ("normalize_activations", "reshape_activations"):
-        # hook_z only says that heads come concatenated, as they do here.
-        if config.get(name, "none") not in ("none", "hook_z"):
-            raise ValueError(
-                f"The SAE's {name} is {config[name]!r}; expected 'none'. Fold the scaling into its weights before "
-                "saving it, as SAELens does at the end of training."
-            )
+    scaling = config.get("normalize_activations", "none")
+    if scaling != "none":
+        raise ValueError(
+            f"The SAE's normalize_activations is {scaling!r}; expected 'none'. Fold the scaling into its weights "
+            "before saving it, as SAELens does at the end of training."
+        )
 
 
 def _check_tensors(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -220,9 +220,11 @@ class Trainer:
         fires = (active.values > 0).to(x.dtype)
         l0, n_fired = active.token_sums(fires), active.feature_sums(fires)
 
-        d_error = error * (2 / len(x))
-        gradients = Weights(w.enc, w.b_enc, active.gathered(active.values, d_error), d_error.sum(0), w.threshold)
-        to_pre = active.dots(d_error, w.dec)
+        share = 2 / len(x)
+        gradients = Weights(
+            w.enc, w.b_enc, active.gathered(active.values, error).mul_(share), error.sum(0).mul_(share), w.threshold
+        )
+        to_pre = active.dots(error, w.dec).mul_(share)
         sparsity = 0.0
         if self.kind == "relu":
             sparsity = _l1_loss(w, active, norms, sparsity_coefficient, to_pre, gradients)
@@ -269,8 +271,8 @@ class Trainer:
         if self.kind not in CHOOSING:
             return _above(pre, self.weights.threshold)
         if self.kind == "topk":
-            features = pre.topk(self.k, sorted=False).indices
-            chosen = (features + torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]).flatten()
+            firsts = torch.arange(0, pre.numel(), pre.shape[1], device=pre.device)
+            chosen = (_largest_in_rows(pre, self.k) + firsts[:, None]).flatten()
         else:
             chosen = self._largest(pre)
         tokens, features = chosen // pre.shape[1], chosen % pre.shape[1]
@@ -324,7 +326,7 @@ class Trainer:
 
     def _update(self, gradients: Weights, learning_rate: float) -> None:
         grads = gradients.tensors()
-        norm = math.sqrt(sum(torch.dot(g.flatten(), g.flatten()).item() for g in grads))
+        norm = math.hypot(*(torch.linalg.vector_norm(gradient).item() for gradient in grads))
         if norm > MAX_GRADIENT_NORM:
             torch._foreach_mul_(grads, MAX_GRADIENT_NORM / (norm + 1e-6))
         for parameter, gradient in zip(self.weights.tensors(), grads, strict=True):
@@ -356,6 +358,18 @@ def _above(pre: Float[Tensor, "batch d_sae"], threshold: Tensor | None) -> tuple
     if bar is None:
         return build(values=at.relu_()), None
     return build(values=at * (at > bar)), ((at > bar - BANDWIDTH / 2) & (at < bar + BANDWIDTH / 2)).to(at.dtype)
+
+
+def _largest_in_rows(pre: Float[Tensor, "batch d_sae"], k: int) -> Int[Tensor, "batch k"]:
+    """Indices of each row's k largest, in no order."""
+    batch, d_sae = pre.shape
+    if d_sae % GROUPS or d_sae < 4 * GROUPS * k:
+        return pre.topk(k, sorted=False).indices
+    # They lie in the k groups of largest maximum: whatever another group holds, each of these k holds more.
+    width = d_sae // GROUPS
+    groups = pre.view(batch, GROUPS, width).amax(1).topk(k, sorted=False).indices
+    members = (groups[:, None] + torch.arange(GROUPS, device=pre.device)[:, None] * width).flatten(1)
+    return members.gather(1, pre.gather(1, members).topk(k, sorted=False).indices)
 
 
 def _exceeding(pre: Float[Tensor, "batch d_sae"], floor: float) -> Int[Tensor, " pairs"]:

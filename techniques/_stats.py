@@ -65,7 +65,7 @@ def auroc(
 def _rows_of(folds: Int[Tensor, " n"] | None, n: int, device: torch.device) -> list[Int[Tensor, " rows"]]:
     if folds is None:
         return [torch.arange(n, device=device)]
-    return [(folds == fold).nonzero()[:, 0].to(device) for fold in folds.unique()]
+    return [(folds == fold).nonzero()[:, 0].to(device) for fold in torch.unique(folds)]
 
 
 def _midranks(scores: Float[Tensor, "n *cells"]) -> Float[Tensor, "n *cells"]:
@@ -88,7 +88,7 @@ def auroc_draws(
     """
     wins, pairs = torch.zeros(2, len(draws), dtype=torch.float64)
     for rows in _rows_of(folds, len(scores), scores.device):
-        here, member = groups[rows].unique(return_inverse=True)
+        here, member = torch.unique(groups[rows], return_inverse=True)
         drawn, is_positive, value = draws[:, here], positive[rows], scores[rows].double()
         gap = value[is_positive, None] - value[~is_positive]
         one_hot = torch.nn.functional.one_hot(member, len(here)).double()
@@ -96,7 +96,8 @@ def auroc_draws(
         compared = torch.outer(one_hot[is_positive].sum(0), one_hot[~is_positive].sum(0))
         wins += ((drawn @ won) * drawn).sum(1)
         pairs += ((drawn @ compared) * drawn).sum(1)
-    return wins / pairs
+    values: Tensor = wins / pairs
+    return values
 
 
 def recalls(

@@ -96,7 +96,7 @@ class _Edges(NamedTuple):
         """True where a query must not see a key."""
         cut = torch.zeros(len(keys), 1, size, size, dtype=torch.bool)
         for row, (queries, hidden) in enumerate(zip(self.queries, keys, strict=True)):
-            cut[row, 0, torch.tensor(queries)[:, None], torch.tensor(hidden)] = True
+            cut[row, 0, torch.tensor(queries)[:, None], torch.tensor(hidden, dtype=torch.long)] = True
         return cut
 
 
@@ -106,6 +106,16 @@ class _Cut(NamedTuple):
     layer: int | None
     layers: list[int]
     heads: list[int] | None
+
+    def masks(
+        self, edges: Bool[Tensor, "batch 1 query key"], n_heads: int
+    ) -> dict[int, Bool[Tensor, "batch heads query key"]]:
+        """By layer, where a query must not see a key."""
+        if self.heads is not None:
+            chosen = torch.zeros(n_heads, 1, 1, dtype=torch.bool)
+            chosen[self.heads] = True
+            edges = edges & chosen
+        return dict.fromkeys(self.layers, edges)
 
 
 @torch.inference_mode()
@@ -148,8 +158,7 @@ def attention_knockout(
         the edges.
 
     Raises:
-        UnsupportedModelError: Attention was not found or takes no mask, or cutting the edges in all layers changes
-            nothing.
+        UnsupportedModelError: Attention was not found, takes no mask or ignores it.
         ValueError: The model is in train mode, a prompt has no tokens or does not fit the context, the answers are not
             two different single tokens, a position, span, layer or head does not exist, no key lies at or before a
             query, a query has no key left, the window or grain is out of range, or a logit is not finite.
@@ -175,19 +184,10 @@ def attention_knockout(
     cuts = _cuts(grain, window, centres, who, decoder.n_layers, decoder.n_heads)
     edges = _edges(tokenizer, texts, ids, queries, keys, seed)
 
-    batch = pad(ids, "right", 0, model.device)
-    size = batch.input_ids.shape[1]
-
     def diffs(cut: _Cut, hidden: list[list[int]]) -> Float[Tensor, " n"]:
-        mask = edges.mask(hidden, size)
-        if cut.heads is not None:
-            which = torch.zeros(decoder.n_heads, dtype=torch.bool)
-            which[cut.heads] = True
-            mask = mask & which[:, None, None]
-        with knocked_out(model, dict.fromkeys(cut.layers, mask)):
-            return _logit_diffs(logits_at(model, batch, torch.arange(len(ids)), last_positions(ids)), chosen)
+        return _logit_diffs(model, ids, chosen, cut.masks(edges.mask(hidden, max(map(len, ids))), decoder.n_heads))
 
-    clean = _logit_diffs(logits_at(model, batch, torch.arange(len(ids)), last_positions(ids)), chosen)
+    clean = _logit_diffs(model, ids, chosen, {})
 
     def row(cut: _Cut) -> KnockoutRow:
         after = diffs(cut, edges.keys)
@@ -195,29 +195,19 @@ def attention_knockout(
         return _row(cut, after, after - clean, control, seed)
 
     everywhere = _Cut(None, list(range(decoder.n_layers)), who)
-    if torch.equal(diffs(everywhere, edges.keys), clean):
+    is_null = _is_same(diffs(everywhere, edges.keys), clean)
+    earlier = [list(range(min(positions))) for positions in edges.queries]
+    if is_null and _is_same(diffs(everywhere, earlier), clean):
         raise UnsupportedModelError(
-            f"{type(model).__name__} gives the same logits with all these edges cut; expected a change. Its attention "
-            "ignores the mask it is given, or its window does not reach from the queries to the keys."
+            f"{type(model).__name__} gives the same logits although its queries can't see any earlier token; expected "
+            "a change. Its attention ignores the mask that it is given."
         )
     return AttentionKnockout(
-        **header(model, "attention_knockout", n=len(texts), seed=seed, warnings=_knockout_warnings(edges)),
+        **header(model, "attention_knockout", n=len(texts), seed=seed, warnings=_warnings(edges, is_null=is_null)),
         grain=grain,
         window=window,
         clean=score(clean, seed),
-        prompts=[
-            KnockoutPrompt(
-                text=text,
-                tokens=[token_text(tokenizer, i) for i in ids[i_row]],
-                answer=token_text(tokenizer, right),
-                wrong=token_text(tokenizer, wrong),
-                queries=edges.queries[i_row],
-                keys=edges.keys[i_row],
-                control_keys=edges.control[i_row] if edges.control is not None else [],
-                logit_diff=number(clean[i_row]),
-            )
-            for i_row, (text, (right, wrong)) in enumerate(zip(texts, chosen.tolist(), strict=True))
-        ],
+        prompts=_prompts(tokenizer, texts, ids, chosen, edges, clean),
         rows=[row(cut) for cut in cuts],
         all_layers=row(everywhere),
     )
@@ -263,9 +253,9 @@ def _positions(
         where = [where] * len(texts)
     values = [where] if isinstance(where, int) else list(where)
     if values and all(isinstance(value, int) for value in values):
-        numbers_ = cast(list[int], values)
+        given = cast(list[int], values)
         return [
-            sorted({resolve_position(position, len(row), text) for position in numbers_})
+            sorted({resolve_position(position, len(row), text) for position in given})
             for row, text in zip(ids, texts, strict=True)
         ]
     if len(values) != len(texts) or not all(isinstance(value, str) for value in values):
@@ -275,9 +265,27 @@ def _positions(
     return [span_positions(tokenizer, text, str(span)) for text, span in zip(texts, values, strict=True)]
 
 
-def _logit_diffs(logits: Float[Tensor, "n d_vocab"], chosen: Int[Tensor, "n 2"]) -> Float[Tensor, " n"]:
-    answer, wrong = logits.double().gather(-1, chosen.to(logits.device)).cpu().unbind(-1)
-    return answer - wrong
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    ids: list[list[int]],
+    chosen: Int[Tensor, "n 2"],
+    edges: _Edges,
+    clean: Float[Tensor, " n"],
+) -> list[KnockoutPrompt]:
+    return [
+        KnockoutPrompt(
+            text=text,
+            tokens=[token_text(tokenizer, token_id) for token_id in ids[i]],
+            answer=token_text(tokenizer, right),
+            wrong=token_text(tokenizer, wrong),
+            queries=edges.queries[i],
+            keys=edges.keys[i],
+            control_keys=[] if edges.control is None else edges.control[i],
+            logit_diff=number(clean[i]),
+        )
+        for i, (text, (right, wrong)) in enumerate(zip(texts, chosen.tolist(), strict=True))
+    ]
 
 
 def _row(
@@ -303,9 +311,30 @@ def _row(
     )
 
 
-def _knockout_warnings(edges: _Edges) -> list[str]:
+def _logit_diffs(
+    model: PreTrainedModel,
+    ids: list[list[int]],
+    chosen: Int[Tensor, "n 2"],
+    masks: dict[int, Bool[Tensor, "batch heads query key"]],
+) -> Float[Tensor, " n"]:
+    """logit(answer) - logit(wrong) at each prompt's last token while attention is masked, on the CPU."""
+    with knocked_out(model, masks):
+        batch = pad(ids, "right", 0, model.device)
+        logits = logits_at(model, batch, torch.arange(len(ids)), last_positions(ids))
+    answer, wrong = logits.double().gather(-1, chosen.to(logits.device)).cpu().unbind(-1)
+    return answer - wrong
+
+
+def _is_same(diffs: Float[Tensor, " n"], clean: Float[Tensor, " n"]) -> bool:
+    return torch.allclose(diffs, clean, rtol=1e-6, atol=1e-6)
+
+
+def _warnings(edges: _Edges, *, is_null: bool) -> list[str]:
+    notes = []
+    if is_null:
+        notes.append("Cutting these edges in all layers changes nothing: no attention flows along them.")
     if edges.control is None:
-        return ["A prompt has no other token between its first one and the queries, so there is no control."]
+        return [*notes, "A prompt has no other token between its first one and the queries, so there is no control."]
     n_short = sum(len(other) < len(keys) for other, keys in zip(edges.control, edges.keys, strict=True))
-    note = f"In {n_short} prompts the control cuts fewer keys, as there are not as many others."
-    return [note] if n_short else []
+    short = f"In {n_short} prompts the control cuts fewer keys, as there are not as many others."
+    return [*notes, short] if n_short else notes

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._hooks import HookPoint, check_sites, record, run
 from techniques._model import Decoder
-from techniques._pairs import last_positions, span_positions
+from techniques._pairs import span_positions
 from techniques._results import Header, header, number
 from techniques._stats import N_BOOT, mean_interval
+from techniques._sweep import Patch, Variant
 from techniques._tokens import Batch, check_context, encode, pad, single_token_id, token_text
-from techniques._variants import Variant, Write, variant_metrics
+from techniques._variants import variant_metrics
 
 SITES = ("resid_post", "attn_out", "mlp_out")
 WINDOW = 0.2  # of the layers: Meng et al. restore 10 of GPT-2 XL's 48 at once
@@ -85,7 +86,8 @@ class CausalTracing(Header):
         n_layers: Blocks of the model.
         clean: Mean probability of the answer without noise.
         corrupted: With noise and nothing restored.
-        columns: Positions: tokens of the one prompt, or where prompts differ their parts ("last subject token", ...).
+        columns: Positions by their token, or by their index where prompts have different tokens; parts of the prompts
+            ("last subject token", ...) where the subject does not lie at the same positions in all of them.
         prompts: The prompts, those left out as well.
         rows: By site, layer, column.
     """
@@ -290,14 +292,13 @@ def _noisy(embed: nn.Module, positions: list[int], std: float, generator: torch.
         yield
 
 
-def _noise(prompts: _Prompts, blurred: list[Tensor], prompt: int, draw: int) -> Write:
-    return Write(HookPoint("resid_pre", 0), prompts.subjects[prompt], blurred[prompt][draw])
+def _noise(prompts: _Prompts, blurred: list[Tensor], prompt: int, draw: int) -> Patch:
+    return Patch(HookPoint("resid_pre", 0), blurred[prompt][draw], prompts.subjects[prompt])
 
 
 def _probs(model: PreTrainedModel, prompts: _Prompts, variants: list[Variant]) -> Float[Tensor, " variants"]:
     ids = prompts.answer_ids
-    last = last_positions(prompts.ids)
-    return variant_metrics(model, prompts.batch, last, variants, (ids, ids), ["logprob"])[:, 0].exp()
+    return variant_metrics(model, prompts.batch, variants, (ids, ids), ["logprob"])[:, 0].exp()
 
 
 def _restore(
@@ -321,7 +322,7 @@ def _restore(
                 [
                     _noise(prompts, blurred, prompt, draw),
                     *(
-                        Write(point, [position], clean[point][prompt, [position]])
+                        Patch(point, clean[point][prompt, [position]], [position])
                         for point in _window(site, layer, width, decoder.n_layers)
                     ),
                 ],
@@ -349,8 +350,10 @@ def _columns(prompts: _Prompts, which: list[int]) -> list[_Column]:
     subjects = [prompts.subjects[i] for i in which]
     lengths = [len(prompts.ids[i]) for i in which]
     if len(set(lengths)) == 1 and all(subject == subjects[0] for subject in subjects):
-        labels = [prompts.tokens[which[0]][p] if len(which) == 1 else str(p) for p in range(lengths[0])]
-        return [_Column(label, [[p]] * len(which)) for p, label in enumerate(labels)]
+        tokens = [{prompts.tokens[i][p] for i in which} for p in range(lengths[0])]
+        return [
+            _Column(shared.pop() if len(shared) == 1 else str(p), [[p]] * len(which)) for p, shared in enumerate(tokens)
+        ]
     parts: dict[str, list[list[int]]] = {
         "before the subject": [list(range(subject[0])) for subject in subjects],
         "first subject token": [[subject[0]] for subject in subjects],

@@ -1,67 +1,42 @@
 """Directions: unit vectors in activation space along which two kinds of text differ.
 
 Sources: Marks & Tegmark, "The Geometry of Truth" (2023), https://arxiv.org/abs/2310.06824 (difference of means); Zou et
-al., "Representation Engineering" (2023), https://arxiv.org/abs/2310.01405 (principal component); Chen et al., "Persona
-Vectors" (2025), https://arxiv.org/abs/2507.21509.
+al., "Representation Engineering" (2023), https://arxiv.org/abs/2310.01405 (principal component).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Literal, NamedTuple, TypedDict
+from collections.abc import Hashable, Sequence
+from typing import Literal, TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from techniques._activations import Position, Reading, ReadText, activations_at, points_of, read_at
+from techniques._directions import Direction, HeldOut, described, digits, oriented, unit_vector
 from techniques._folds import Scale, group_folds, merged_groups
-from techniques._generation import continue_tokens
-from techniques._hooks import HookPoint
 from techniques._logistic import fit_logistic
 from techniques._results import Header, header, number, numbers
-from techniques._stats import auroc, auroc_draws, percentiles, resamples
-from techniques._tokens import chat_ids
-from techniques.extract import Layers, Position, Reading, ReadText, activations_at, points_of, read_at
 
 DirectionMethod = Literal["mean", "probe", "pca"]
 METHODS = ("mean", "probe", "pca")
 
 
-class Direction(TypedDict):
-    """A unit vector at one point of the model; it points from the negative to the positive class.
+class HeldOutText(TypedDict):
+    """A text that the direction was not found on.
 
     Attributes:
-        direction: The unit vector.
-        layer: The layer.
-        site: Where in the block, in TransformerLens' words.
-        positive_class: Name of the class that it points to.
-        negative_class: Name of the class that it points away from.
-        positive_mean: Mean projection of the positive class on it, in the activation's own units; None for a vector
-            that comes from elsewhere.
-        negative_mean: The same of the negative class.
-        separation: positive_mean - negative_mean, never negative; the unit "difference" of steering.
-        norm: Mean norm of the activations there, the unit "resid_norm" of steering; None where it was not measured.
-        norm_ratio: separation / norm.
-        held_out_auroc: Probability that a held-out positive text projects above a held-out negative one.
-        held_out_low: Lower end of its 95 % interval, groups resampled.
-        held_out_high: Upper end.
+        text: Its index, the positive texts first.
+        positive: Whether it is one of these.
+        projection: Its projection, in the activation's own units.
     """
 
-    direction: list[float]
-    layer: int
-    site: str
-    positive_class: str
-    negative_class: str
-    positive_mean: float | None
-    negative_mean: float | None
-    separation: float
-    norm: float | None
-    norm_ratio: float | None
-    held_out_auroc: float | None
-    held_out_low: float | None
-    held_out_high: float | None
+    text: int
+    positive: bool
+    projection: float
 
 
 class ConceptDirection(Header, Direction):
@@ -73,7 +48,7 @@ class ConceptDirection(Header, Direction):
         n_fit: Texts that the direction, its means and its norm come from.
         n_held_out: Texts that the AUROC comes from.
         cosine_to_mean: Cosine with the difference of the class means.
-        held_out_projections: Of each held-out text: whether it is positive, and its projection.
+        held_out: The held-out texts.
     """
 
     method: DirectionMethod
@@ -81,47 +56,7 @@ class ConceptDirection(Header, Direction):
     n_fit: int
     n_held_out: int
     cosine_to_mean: float
-    held_out_projections: list[tuple[bool, float]]
-
-
-class PersonaVector(Header):
-    """Result of `persona_vector`.
-
-    Attributes:
-        site: Where in a block, in TransformerLens' words.
-        rows: A direction per layer; each can be passed to the functions that take a direction.
-        responses: What was answered and kept or not.
-        n_fit: Responses to the questions that the vectors come from.
-        n_held_out: Responses to the other questions.
-    """
-
-    site: str
-    rows: list[Direction]
-    responses: list[PersonaResponse]
-    n_fit: int
-    n_held_out: int
-
-
-class PersonaResponse(TypedDict):
-    """One answer.
-
-    Attributes:
-        positive: Whether the system message was a positive one.
-        system: The system message.
-        question: The question.
-        response: The answer.
-        score: What `score` said of it, 0 to 100; None without one.
-        kept: Whether it was used.
-        held_out: Whether its question was kept for the test.
-    """
-
-    positive: bool
-    system: str
-    question: str
-    response: str
-    score: float | None
-    kept: bool
-    held_out: bool
+    held_out: list[HeldOutText]
 
 
 class ProjectedText(ReadText):
@@ -203,13 +138,13 @@ def concept_direction(
     Cost: 1 forward per text up to the layer; about 0.1 s for 100 short texts on the demo model.
 
     Example:
-        >>> from interp_kernel.demo_model import corpus
-        >>> experts, novices = (
-        ...     [corpus.persona_prompt(persona, q) for persona in corpus.PERSONAS[kind] for q in corpus.QUESTIONS]
-        ...     for kind in ("expert", "novice")
-        ... )
-        >>> found = concept_direction(model, tokenizer, experts, novices, layer=2, classes=("expert", "novice"))
-        >>> found["held_out_auroc"], found["separation"]
+        from interp_kernel.demo_model import corpus
+
+        experts, novices = (
+            [corpus.persona_prompt(persona, q) for persona in corpus.PERSONAS[kind] for q in corpus.QUESTIONS[:8]]
+            for kind in ("expert", "novice")
+        )
+        concept_direction(model, tokenizer, experts, novices, layer=2, classes=("expert", "novice"))
     """
     if method not in METHODS:
         raise ValueError(f"The method {method!r} is not known; expected one of {', '.join(METHODS)}.")
@@ -220,132 +155,22 @@ def concept_direction(
     found = activations_at(model, reading, [point]).flatten(2)[:, 0]
     fitted, labels = found[~held_out], is_positive[~held_out]
     mean = fitted[labels].mean(0) - fitted[~labels].mean(0)
-    vector = _oriented(_raw_direction(method, fitted, labels, torch.finfo(model.dtype).eps), fitted, labels)
-    test = _Test(found[held_out], is_positive[held_out], members[held_out].unique(return_inverse=True)[1], seed)
+    vector = oriented(_raw_direction(method, fitted, labels, torch.finfo(model.dtype).eps), fitted, labels)
+    test = HeldOut(
+        found[held_out], is_positive[held_out], torch.unique(members[held_out], return_inverse=True)[1], seed
+    )
     return ConceptDirection(
         **header(model, "concept_direction", n=len(found), seed=seed),
-        **_direction(vector, fitted, labels, test, point, classes),
+        **described(vector, fitted, labels, test, point, classes),
         method=method,
         position=str(position) if isinstance(position, int | str) else "one per text",
         n_fit=len(fitted),
         n_held_out=len(test.found),
-        cosine_to_mean=_digits(vector @ mean / mean.norm()),
-        held_out_projections=[
-            (bool(label), _digits(value)) for label, value in zip(test.positive, test.found @ vector, strict=True)
+        cosine_to_mean=digits(vector @ mean / mean.norm()),
+        held_out=[
+            HeldOutText(text=i, positive=bool(is_positive[i]), projection=digits(found[i] @ vector))
+            for i in held_out.nonzero()[:, 0].tolist()
         ],
-    )
-
-
-def persona_vector(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    positive_systems: Sequence[str],
-    negative_systems: Sequence[str],
-    questions: Sequence[str],
-    *,
-    layers: Layers = "all",
-    site: str = "resid_post",
-    rollouts: int = 1,
-    max_new_tokens: int = 50,
-    temperature: float = 1.0,
-    score: Callable[[str], float] | None = None,
-    classes: tuple[str, str] = ("positive", "negative"),
-    seed: int = 0,
-) -> PersonaVector:
-    """Find a trait's direction at every layer from answers under system messages that ask for it or for its opposite.
-
-    Each question is answered under each system message; the vector of a layer is the difference of the mean
-    activations over the tokens of the answers. It comes from one half of the questions and is tested on the other.
-
-    Args:
-        model: A Hugging Face model that generates, in eval mode, on any devices, in any dtype.
-        tokenizer: Its tokenizer; its chat template lays out system message and question.
-        positive_systems: System messages that ask for the trait.
-        negative_systems: System messages that ask for its opposite.
-        questions: User messages, at least two.
-        layers: Layers from 0, or "all".
-        site: Where in a block.
-        rollouts: Answers to each question under each system message.
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 for greedy answers; then more than one rollout is refused, as all would be equal.
-        score: Says how much an answer shows the trait, 0 to 100. Positive answers above 50 and negative ones below 50
-            are kept; without it, all are.
-        classes: Names of the two classes, positive first.
-        seed: Seed of the answers, the split and the intervals.
-
-    Returns:
-        A direction per layer and all answers. Answers of no token are not kept.
-
-    Raises:
-        ValueError: A list is empty, no answer of one kind is left in one half, or an option is out of range.
-
-    Misleads: Without a score, the vector is that of the instructions, whether or not the model followed them. The
-    answers of both kinds differ in their words too, and a mean over their tokens holds those words.
-
-    Cost: Generation of all answers and 1 forward over each; about 2 s for 16 system messages and 8 questions on the
-    demo model.
-
-    Example:
-        >>> from interp_kernel.demo_model import corpus
-        >>> experts, novices = ([f"You are a {p}." for p in corpus.PERSONAS[kind][:3]] for kind in ("expert", "novice"))
-        >>> questions = [question.text for question in corpus.QUESTIONS[:4]]
-        >>> found = persona_vector(model, tokenizer, experts, novices, questions, max_new_tokens=8)
-        >>> [row["held_out_auroc"] for row in found["rows"]]
-    """
-    if rollouts < 1 or (rollouts > 1 and temperature == 0):
-        raise ValueError(
-            f"rollouts is {rollouts} at temperature {temperature}; expected at least 1, and 1 at temperature 0, where "
-            "all rollouts are equal."
-        )
-    if not positive_systems or not negative_systems or len(set(questions)) < 2:
-        raise ValueError(
-            f"There are {len(positive_systems)} positive and {len(negative_systems)} negative system messages and "
-            f"{len(set(questions))} different questions; expected at least 1, 1 and 2."
-        )
-    points = points_of(model, site, layers)
-    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
-    tested = {questions[i] for i in order[: len(order) // 2]}
-    asked = [
-        (is_positive, system, question)
-        for is_positive, systems in ((True, positive_systems), (False, negative_systems))
-        for system in systems
-        for question in questions
-        for _ in range(rollouts)
-    ]
-    prompts = [chat_ids(tokenizer, question, system) for _, system, question in asked]
-    answers = continue_tokens(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
-    responses = [
-        _response(is_positive, system, question, answer["text"], bool(answer["token_ids"]), score, question in tested)
-        for (is_positive, system, question), answer in zip(asked, answers, strict=True)
-    ]
-    kept = [i for i, response in enumerate(responses) if response["kept"]]
-    is_positive = torch.tensor([responses[i]["positive"] for i in kept])
-    held_out = torch.tensor([responses[i]["held_out"] for i in kept])
-    _check_kept(responses)
-    reading = Reading(
-        [responses[i]["response"] for i in kept],
-        [[*prompts[i], *answers[i]["token_ids"]] for i in kept],
-        [(len(prompts[i]), len(prompts[i]) + len(answers[i]["token_ids"])) for i in kept],
-    )
-    found = activations_at(model, reading, points).flatten(2)
-    groups = torch.tensor([questions.index(responses[i]["question"]) for i in kept])
-    rows = []
-    for column, point in enumerate(points):
-        fitted, labels = found[~held_out, column], is_positive[~held_out]
-        vector = _oriented(fitted[labels].mean(0) - fitted[~labels].mean(0), fitted, labels)
-        test = _Test(
-            found[held_out, column], is_positive[held_out], groups[held_out].unique(return_inverse=True)[1], seed
-        )
-        rows.append(_direction(vector, fitted, labels, test, point, classes))
-    return PersonaVector(
-        **header(model, "persona_vector", n=len(kept), seed=seed),
-        site=points[0].site,
-        rows=rows,
-        responses=responses,
-        n_fit=int((~held_out).sum()),
-        n_held_out=int(held_out.sum()),
     )
 
 
@@ -378,13 +203,15 @@ def project(
     Cost: 1 forward per text up to the layer; about 0.1 s for 100 short texts on the demo model.
 
     Example:
-        >>> from interp_kernel.demo_model import corpus
-        >>> experts, novices = (
-        ...     [corpus.persona_prompt(persona, q) for persona in corpus.PERSONAS[kind] for q in corpus.QUESTIONS[:4]]
-        ...     for kind in ("expert", "novice")
-        ... )
-        >>> found = concept_direction(model, tokenizer, experts, novices, layer=2)
-        >>> [row["relative"] for row in project(model, tokenizer, [experts[0], novices[0]], found)["rows"]]
+        from interp_kernel.demo_model import corpus
+        from techniques.directions import concept_direction
+
+        experts, novices = (
+            [corpus.persona_prompt(persona, q) for persona in corpus.PERSONAS[kind] for q in corpus.QUESTIONS[:8]]
+            for kind in ("expert", "novice")
+        )
+        found = concept_direction(model, tokenizer, experts, novices, layer=2, classes=("expert", "novice"))
+        project(model, tokenizer, [experts[0], novices[0], corpus.persona_prompt(None, corpus.QUESTIONS[0])], found)
     """
     reading = read_at(model, tokenizer, texts, position)
     point = points_of(model, direction["site"], [direction["layer"]])[0]
@@ -435,62 +262,13 @@ def vector_direction(
         negative_class=classes[1],
         positive_mean=None,
         negative_mean=None,
-        separation=_digits(norm),
+        separation=digits(norm),
         norm=None,
         norm_ratio=None,
         held_out_auroc=None,
         held_out_low=None,
         held_out_high=None,
     )
-
-
-def unit_vector(direction: Direction, width: int) -> Float[Tensor, " d"]:
-    """The direction as a tensor of exactly unit length, float32 on the CPU.
-
-    Raises:
-        ValueError: It is of another width than the activations it is meant for.
-    """
-    vector = torch.tensor(direction["direction"])
-    if len(vector) != width:
-        raise ValueError(
-            f"The direction has {len(vector)} entries, but {direction['site']} of this model has {width}; expected a "
-            "direction that was found in this model."
-        )
-    return vector / vector.norm()
-
-
-def _response(
-    positive: bool,
-    system: str,
-    question: str,
-    text: str,
-    has_tokens: bool,
-    score: Callable[[str], float] | None,
-    held_out: bool,
-) -> PersonaResponse:
-    value = float(score(text)) if score is not None else None
-    shows = value is None or (value > 50 if positive else value < 50)
-    return PersonaResponse(
-        positive=positive,
-        system=system,
-        question=question,
-        response=text,
-        score=value,
-        kept=has_tokens and shows,
-        held_out=held_out,
-    )
-
-
-def _check_kept(responses: list[PersonaResponse]) -> None:
-    for positive in (True, False):
-        for held_out in (False, True):
-            kind = [r for r in responses if (r["positive"], r["held_out"]) == (positive, held_out)]
-            if not any(r["kept"] for r in kind):
-                raise ValueError(
-                    f"None of {len(kind)} {'positive' if positive else 'negative'} answers to half of the questions was "
-                    f"kept; the first is {kind[0]['response']!r}. Expected one at least. Use clearer system "
-                    "messages, more questions, or another score."
-                )
 
 
 def _split(
@@ -509,7 +287,7 @@ def _split(
     if groups is not None and len(groups) != len(inputs):
         raise ValueError(f"groups has {len(groups)} entries for {len(inputs)} texts; expected one for each.")
     members = torch.tensor(merged_groups(inputs if groups is None else groups, inputs)[0])
-    in_class = [len(members[part].unique()) for part in (is_positive, ~is_positive)]
+    in_class = [len(torch.unique(members[part])) for part in (is_positive, ~is_positive)]
     if min(in_class) < 2:
         raise ValueError(
             f"The positive texts are in {in_class[0]} groups and the negative ones in {in_class[1]}; expected at least "
@@ -526,61 +304,7 @@ def _raw_direction(
     if method == "mean":
         return found[positive].mean(0) - found[~positive].mean(0)
     if method == "pca":
-        return torch.linalg.svd(found - found.mean(0), full_matrices=False).Vh[0]
+        first: Tensor = torch.linalg.svd(found - found.mean(0), full_matrices=False).Vh[0]
+        return first
     scale = Scale(found, eps)
     return fit_logistic(scale(found), positive[:, None]).weights[:, 0] / scale.spread
-
-
-def _oriented(vector: Float[Tensor, " d"], found: Float[Tensor, "n d"], positive: Bool[Tensor, " n"]) -> Tensor:
-    """A unit vector on which the positive class has the higher mean."""
-    gap = (found[positive].mean(0) - found[~positive].mean(0)) @ vector
-    if not float(gap.abs()) > 0:
-        raise ValueError(
-            "Both classes have the same mean activation; expected a difference. Read them at a position and a layer "
-            "where the model has seen what differs."
-        )
-    return vector / vector.norm() * gap.sign()
-
-
-class _Test(NamedTuple):
-    """Held-out activations."""
-
-    found: Float[Tensor, "n d"]
-    positive: Bool[Tensor, " n"]
-    groups: Int[Tensor, " n"]
-    seed: int
-
-
-def _direction(
-    vector: Float[Tensor, " d"],
-    found: Float[Tensor, "n d"],
-    positive: Bool[Tensor, " n"],
-    test: _Test,
-    point: HookPoint,
-    classes: tuple[str, str],
-) -> Direction:
-    above, below = (float((found[part] @ vector).mean()) for part in (positive, ~positive))
-    norm = float(found.norm(dim=1).mean())
-    scores, one_fold = test.found @ vector, torch.zeros(len(test.found), dtype=torch.long)
-    draws = resamples(int(test.groups.max()) + 1, test.seed)
-    low, high = percentiles(auroc_draws(scores, test.positive, one_fold, test.groups, draws))
-    return Direction(
-        direction=numbers(vector),
-        layer=point.layer,
-        site=point.site,
-        positive_class=classes[0],
-        negative_class=classes[1],
-        positive_mean=_digits(above),
-        negative_mean=_digits(below),
-        separation=_digits(above - below),
-        norm=_digits(norm),
-        norm_ratio=_digits((above - below) / norm),
-        held_out_auroc=number(auroc(scores, test.positive)),
-        held_out_low=number(low),
-        held_out_high=number(high),
-    )
-
-
-def _digits(value: float | Tensor) -> float:
-    """As `number`, of a value that is known to be finite."""
-    return number(value) or 0.0

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._batches import in_batches
-from techniques._contrast import Check, Contrast, agreement, frozen, sample_of
+from techniques._contrast import Check, Contrast, agreement, as_leaf, frozen, sample_of
 from techniques._edges import (
     Graph,
     graph_of,
@@ -154,7 +154,7 @@ def eap(
         eap(model, tokenizer, pairs, answers, top_k=30)
     """
     graph = graph_of(check_sites(model))
-    _check_options(method, steps, top_k)
+    _check_options(method, steps, top_k, verify)
     steps = steps if method == "eap-ig" else 1
     contrast = Contrast(model, encode_pairs(model, tokenizer, pairs, answers))
     scored = in_batches(
@@ -180,11 +180,14 @@ def eap(
     )
 
 
-def _check_options(method: str, steps: int, top_k: int) -> None:
+def _check_options(method: str, steps: int, top_k: int, verify: int) -> None:
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}.")
-    if steps < 1 or top_k < 1:
-        raise ValueError(f"steps is {steps} and top_k is {top_k}; expected 1 or more of each.")
+    if steps < 1 or top_k < 1 or verify < 0:
+        raise ValueError(
+            f"steps is {steps} and top_k is {top_k} and verify is {verify}; expected 1 or more of the first two, and 0 "
+            "or more to verify."
+        )
 
 
 def _scores_of(contrast: Contrast, graph: Graph, which: list[int], method: str, steps: int) -> list[_Scored]:
@@ -216,11 +219,10 @@ def _receiver_gradients(
     middle = "resid_pre" if decoder.parallel else "resid_mid"
     points = [HookPoint(site, i) for i in range(decoder.n_layers) for site in (*made, middle, "resid_pre")]
     final = HookPoint("resid_post", decoder.n_layers - 1)
-    leaf = start.detach().requires_grad_()
     batch = contrast.batch(contrast.pairs.clean, which)
     with (
         frozen(model),
-        edit(model, {HookPoint("resid_pre", 0): lambda _: leaf}),
+        edit(model, {HookPoint("resid_pre", 0): lambda _: as_leaf(start)}),
         record(model, [*points, final]) as seen,
     ):
         diff = contrast.logit_diffs(batch, which).sum()

@@ -10,17 +10,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from techniques._activations import Layers, Position, Reading, activations_at, points_of, read_at
 from techniques._folds import (
-    METHODS,
     Method,
-    cross_validate,
+    Scale,
+    fit,
     group_folds,
     group_labels,
     held_classes,
@@ -31,46 +32,23 @@ from techniques._folds import (
 )
 from techniques._generation import own_random_stream
 from techniques._hooks import HookPoint
-from techniques._results import Header, header, number
-from techniques._stats import (
-    N_BOOT,
-    auroc,
-    auroc_draws,
-    balanced_accuracy_draws,
-    percentiles,
-    permutation_p,
-    recalls,
-    resamples,
+from techniques._probing import (
+    Labels,
+    Options,
+    ProbeScore,
+    TellingToken,
+    cross_validated,
+    listed,
+    number_labels,
+    probe_score,
+    telling_tokens,
+    token_counts,
 )
-from techniques._tokens import token_text
-from techniques.extract import Layers, Position, Reading, activations_at, points_of, read_at
+from techniques._results import Header, header, number
+from techniques._stats import N_BOOT, permutation_p, resamples
 
-SHOWN = 5  # names and tokens that are listed
 N_CONTROLS = 5  # random labellings of the control task
 TELLING = 0.9  # balanced accuracy of a single token from which a warning is given
-
-
-class ProbeScore(TypedDict):
-    """How well held-out groups were classified.
-
-    Attributes:
-        auroc: Probability that a positive text scores above a negative one of the same fold; the mean over classes
-            where there are more than two.
-        auroc_low: Lower end of its 95 % interval, groups resampled.
-        auroc_high: Upper end.
-        balanced_accuracy: Mean over classes of the share that was classified rightly; thresholds come from the fit.
-        balanced_accuracy_low: Lower end of its 95 % interval, groups resampled.
-        balanced_accuracy_high: Upper end.
-        accuracy: Share of all texts that was classified rightly.
-    """
-
-    auroc: float | None
-    auroc_low: float | None
-    auroc_high: float | None
-    balanced_accuracy: float | None
-    balanced_accuracy_low: float | None
-    balanced_accuracy_high: float | None
-    accuracy: float | None
 
 
 class ProbeRow(ProbeScore):
@@ -97,24 +75,6 @@ class ProbeRow(ProbeScore):
     control_auroc: float | None
     selectivity: float | None
     untrained_auroc: float | None
-
-
-class TellingToken(TypedDict):
-    """A token whose presence tells a class by itself.
-
-    Attributes:
-        token: Its text.
-        label: The class.
-        share_in: Share of the class's texts that hold it.
-        share_out: Share of the other texts that hold it.
-        balanced_accuracy: Of the rule "has it" or "lacks it", whichever is right more often.
-    """
-
-    token: str
-    label: str
-    share_in: float
-    share_out: float
-    balanced_accuracy: float
 
 
 class LinearProbe(Header):
@@ -153,34 +113,6 @@ class LinearProbe(Header):
     n_permutations: int
     shuffled: str
     tokens: list[TellingToken]
-
-
-@dataclass(frozen=True)
-class _Options:
-    """How probes are fitted and compared with chance."""
-
-    method: Method
-    c: float
-    n_folds: int
-    n_permutations: int
-    n_boot: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class _Task:
-    """Labels, groups and folds: what is the same for all layers."""
-
-    names: list[str]
-    classes: Int[Tensor, " n"]
-    groups: Int[Tensor, " n"]
-    folds: Int[Tensor, " n"]
-    row_folds: Int[Tensor, " n"]
-    shuffles: Int[Tensor, "n sets"]
-    controls: Int[Tensor, "n sets"]
-    draws: Float[Tensor, "boot n_groups"]
-    options: _Options
-    eps: float
 
 
 def linear_probe(
@@ -238,212 +170,267 @@ def linear_probe(
     250 texts on the demo model.
 
     Example:
-        >>> from interp_kernel.demo_model import corpus
-        >>> said = [(v, f) for v in ("female", "male") for f in range(5)] * 4
-        >>> texts = [f"{corpus.TOPICS[i // 10]} {corpus.demographic_sentence('sex', *s)}" for i, s in enumerate(said)]
-        >>> found = linear_probe(model, tokenizer, texts, [v for v, _ in said], groups=[f for _, f in said])
-        >>> [row["auroc"] for row in found["rows"]]
+        from interp_kernel.demo_model import corpus
+
+        said = [(k, p, q) for k in ("expert", "novice") for p in corpus.PERSONAS[k] for q in corpus.QUESTIONS[:6]]
+        texts, questions = [corpus.persona_prompt(p, q) for _, p, q in said], [q.text for _, _, q in said]
+        labels, personas = [k for k, _, _ in said], [p for _, p, _ in said]
+        linear_probe(model, tokenizer, texts, labels, personas, site="resid_pre", position=questions)
     """
-    options = _Options(method, c, n_folds, n_permutations, n_boot, seed)
-    _check_options(options)
+    options = Options(method, c, n_folds, n_permutations, n_boot, seed)
+    options.check()
     reading = read_at(model, tokenizer, texts, position)
-    task, notes = _task(reading, labels, groups, options, torch.finfo(model.dtype).eps)
+    named = number_labels(labels, len(reading.texts))
+    split, notes = _split(reading, named, groups, options)
     points = points_of(model, site, layers)
-    counts, vocabulary = _counts(reading)
-    words, value, _ = _cross_validate(task, counts, task.classes[:, None], task.folds)
     found = activations_at(model, reading, points).flatten(2)
     blank = _untrained(model, reading, points, seed) if untrained else None
-    measured = [
-        _row(task, point.layer, found[:, i], None if blank is None else blank[:, i]) for i, point in enumerate(points)
-    ]
-    rows = [row for row, _, _ in measured]
-    null = torch.stack([null for _, null, _ in measured]).amax(0)
-    pure = bool((held_classes(task.classes, task.groups).sum(1) == 1).all())
+    eps = torch.finfo(model.dtype).eps
+    rows, nulls, converged = [], [], True
+    for i, point in enumerate(points):
+        at_layer = found[:, i], None if blank is None else blank[:, i]
+        row, null, done = _row(split, named, options, eps, point.layer, *at_layer)
+        rows.append(row)
+        nulls.append(null)
+        converged &= done
     best = max(rows, key=lambda row: row["auroc"] or 0)
-    tokens = _telling_tokens(tokenizer, counts, vocabulary, task)
-    if not all(converged for _, _, converged in measured):
-        notes.append("A fit did not converge; lower c.")
-    notes += [
-        f"The token {t['token']!r} tells {t['label']!r} by itself (balanced accuracy {t['balanced_accuracy']:.2f})."
-        for t in tokens
-        if t["balanced_accuracy"] >= TELLING
-    ]
-    sizes = task.classes.bincount().tolist()
+    p_any = permutation_p(best["auroc"] or 0, torch.stack(nulls).amax(0)) if n_permutations else None
+    counts, vocabulary = token_counts(reading)
+    words = cross_validated(counts, named.classes[:, None], split.folds, named, options, eps)[0][:, 0]
+    tokens = telling_tokens(tokenizer, counts, vocabulary, named)
     return LinearProbe(
-        **header(model, "linear_probe", n=len(reading.texts), seed=seed, warnings=notes),
+        **header(model, "linear_probe", n=len(reading.texts), seed=seed, warnings=notes + _notes(converged, tokens)),
         site=points[0].site,
         method=method,
         c=c,
-        classes=task.names,
-        class_counts=sizes,
-        n_groups=task.draws.shape[1],
-        n_folds=len(task.folds.unique()),
-        majority=max(sizes) / len(reading.texts),
-        bag_of_words=_score(task, words[:, 0], value[0]),
+        classes=named.names,
+        class_counts=named.counts(),
+        n_groups=split.draws.shape[1],
+        n_folds=len(torch.unique(split.folds)),
+        majority=number(max(named.counts()) / len(reading.texts)) or 0.0,
+        bag_of_words=probe_score(words, named, split.folds, split.groups, split.draws),
         rows=rows,
         best_layer=best["layer"],
-        p_any=number(permutation_p(best["auroc"] or 0, null)) if n_permutations else None,
+        p_any=None if p_any is None else number(p_any),
         n_permutations=n_permutations,
-        shuffled="labels of groups" if pure else "labels within groups",
+        shuffled="labels of groups" if split.is_pure(named) else "labels within groups",
         tokens=tokens,
     )
 
 
-def _check_options(options: _Options) -> None:
-    if options.method not in METHODS:
-        raise ValueError(f"The method {options.method!r} is not known; expected one of {', '.join(METHODS)}.")
-    if not 0 < options.c < float("inf"):
-        raise ValueError(f"c is {options.c}; expected a positive number, the inverse strength of the penalty.")
-    if options.n_folds < 2 or options.n_permutations < 0 or options.n_boot < 1:
-        raise ValueError(
-            f"n_folds is {options.n_folds}, n_permutations {options.n_permutations} and n_boot {options.n_boot}; "
-            "expected at least 2, 0 and 1."
+class TransferRow(ProbeScore):
+    """A probe that was fitted on one group and tested on another.
+
+    Attributes:
+        train: The group it was fitted on; None for all groups but the tested one.
+        test: The group it was tested on; where both are the same, by cross-validation within it.
+        n_train: Texts it was fitted on; of cross-validation, all texts of the group.
+        n_test: Texts it was tested on.
+    """
+
+    train: str | None
+    test: str
+    n_train: int
+    n_test: int
+
+
+class ProbeTransfer(Header):
+    """Result of `probe_transfer`.
+
+    Attributes:
+        layer: The layer.
+        site: Where in the block.
+        method: How the weights were fitted.
+        c: Inverse strength of the penalty.
+        classes: The labels in order; of two, the second is positive.
+        groups: The groups, in order of appearance.
+        rows: By train group, then test group.
+    """
+
+    layer: int
+    site: str
+    method: Method
+    c: float
+    classes: list[str]
+    groups: list[str]
+    rows: list[TransferRow]
+
+
+def probe_transfer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    labels: Sequence[Hashable],
+    groups: Sequence[Hashable],
+    layer: int,
+    *,
+    site: str = "resid_post",
+    position: Position = "last",
+    method: Method = "logistic",
+    c: float = 1.0,
+    n_folds: int = 5,
+    n_boot: int = N_BOOT,
+    seed: int = 0,
+) -> ProbeTransfer:
+    """Fit a probe on each group of texts and test it on each other group: whether one classifier holds for all of them.
+
+    Args:
+        model: A decoder-only Hugging Face model in eval mode, on any devices, in any dtype, PEFT adapters included.
+        tokenizer: Its tokenizer; it adds special tokens as it does by default.
+        texts: The texts.
+        labels: The label of each text, of two or more values.
+        groups: The topic, template or source of each text; every group needs two texts of every label at least.
+        layer: The layer, from 0.
+        site: Where in the block.
+        position: Which token to read; see `extract`.
+        method: As for `linear_probe`.
+        c: As for `linear_probe`.
+        n_folds: Most folds of the cross-validation within a group.
+        n_boot: Bootstrap resamples of the tested texts.
+        seed: Seed of folds and resamples.
+
+    Returns:
+        A row for each pair of groups, and one per tested group of a probe fitted on all others.
+
+    Raises:
+        ValueError: There is one group or one label only, a group has fewer than two texts of a label, a text is in two
+            groups up to the position that is read, or a position, layer or site does not exist.
+
+    Misleads: What else the groups share (names, wording) can carry a probe from one to the other. Scales differ between
+    groups: a high AUROC with a low balanced accuracy means the direction holds but the threshold does not.
+
+    Cost: 1 forward per text up to the layer and one fit per group; about 0.3 s for 250 texts on the demo model.
+
+    Example:
+        from interp_kernel.demo_model import corpus
+
+        said = [(k, p, q) for k in ("expert", "novice") for p in corpus.PERSONAS[k][:4] for q in corpus.QUESTIONS]
+        texts, questions = [corpus.persona_prompt(p, q) for _, p, q in said], [q.text for _, _, q in said]
+        labels, topics = [k for k, _, _ in said], [q.topic for _, _, q in said]
+        probe_transfer(model, tokenizer, texts, labels, topics, layer=0, position=questions)
+    """
+    options = Options(method, c, n_folds, 0, n_boot, seed)
+    options.check()
+    reading = read_at(model, tokenizer, texts, position)
+    named = number_labels(labels, len(reading.texts))
+    domains, members = _domains(reading, groups, named)
+    point = points_of(model, site, [layer])[0]
+    found = activations_at(model, reading, [point]).flatten(2)[:, 0]
+    eps = torch.finfo(model.dtype).eps
+    k = len(domains)
+    sources = [*range(k), None] if k > 2 else [*range(k)]
+    rows = []
+    for train, test in ((train, test) for train in sources for test in range(k)):
+        here = members == test
+        fitted = members != test if train is None else members == train
+        rows.append(
+            TransferRow(
+                train=None if train is None else domains[train],
+                test=domains[test],
+                n_train=int(fitted.sum()),
+                n_test=int(here.sum()),
+                **_transferred(found, fitted, here, reading, named, options, eps),
+            )
         )
+    return ProbeTransfer(
+        **header(model, "probe_transfer", n=len(reading.texts), seed=seed),
+        layer=point.layer,
+        site=point.site,
+        method=method,
+        c=c,
+        classes=named.names,
+        groups=domains,
+        rows=rows,
+    )
 
 
-def _task(
-    reading: Reading, labels: Sequence[Hashable], groups: Sequence[Hashable] | None, options: _Options, eps: float
-) -> tuple[_Task, list[str]]:
-    names, classes = _classes(labels, len(reading.texts))
-    inputs = reading.inputs()
+@dataclass(frozen=True)
+class _Split:
+    """Groups, folds and random labels: what is the same for all layers."""
+
+    groups: Int[Tensor, " n"]
+    folds: Int[Tensor, " n"]
+    row_folds: Int[Tensor, " n"]
+    shuffles: Int[Tensor, "n sets"]
+    controls: Int[Tensor, "n sets"]
+    draws: Float[Tensor, "boot n_groups"]
+
+    def is_pure(self, labels: Labels) -> bool:
+        """Whether every group has one label."""
+        return bool((held_classes(labels.classes, self.groups).sum(1) == 1).all())
+
+
+def _split(
+    reading: Reading, labels: Labels, groups: Sequence[Hashable] | None, options: Options
+) -> tuple[_Split, list[str]]:
+    inputs, classes = reading.inputs(), labels.classes
     given = inputs if groups is None else list(groups)
     if len(given) != len(inputs):
         raise ValueError(f"groups has {len(given)} entries for {len(inputs)} texts; expected one for each.")
     numbered, merged = merged_groups(given, inputs)
     members = torch.tensor(numbered)
     in_class = held_classes(classes, members).sum(0).tolist()
-    notes = [f"The groups {_listed(found)} share texts and were held out together." for found in merged]
+    notes = [f"The groups {listed(found)} share texts and were held out together." for found in merged]
     if min(in_class) < 2:
-        rare = names[in_class.index(min(in_class))]
+        rare = labels.names[in_class.index(min(in_class))]
         raise ValueError(
             f"The label {rare!r} is in 1 group only; expected at least 2, one to fit and one to test. "
             f"{' '.join(notes) or 'Give it more groups, or fewer texts to each.'}"
         )
     generator = torch.Generator().manual_seed(options.seed)
     n_groups = int(members.max()) + 1
-    each = torch.arange(len(inputs))
-    n_controls = N_CONTROLS if n_groups < len(inputs) else 0
-    task = _Task(
-        names=names,
-        classes=classes,
+    split = _Split(
         groups=members,
         folds=group_folds(classes, members, min(options.n_folds, *in_class), generator),
-        row_folds=group_folds(classes, each, min(options.n_folds, *classes.bincount().tolist()), generator),
+        row_folds=group_folds(classes, torch.arange(len(inputs)), min(options.n_folds, *labels.counts()), generator),
         shuffles=shuffled_labels(classes, members, options.n_permutations, generator),
-        controls=group_labels(classes, members, n_controls, generator),
+        controls=group_labels(classes, members, N_CONTROLS if n_groups < len(inputs) else 0, generator),
         draws=resamples(n_groups, options.seed, options.n_boot),
-        options=options,
-        eps=eps,
     )
-    return task, notes
-
-
-def _classes(labels: Sequence[Hashable], n: int) -> tuple[list[str], Int[Tensor, " n"]]:
-    if len(labels) != n:
-        raise ValueError(f"labels has {len(labels)} entries for {n} texts; expected one for each.")
-    try:
-        values = sorted(set(cast(Any, labels)))
-    except TypeError:  # of several types
-        values = sorted(set(labels), key=str)
-    if len(values) < 2:
-        raise ValueError(f"All {n} labels are {values[0]!r}; expected at least two different labels.")
-    return [str(value) for value in values], torch.tensor([values.index(label) for label in labels])
-
-
-def _listed(names: set[Hashable]) -> str:
-    texts = sorted(str(name) for name in names)
-    return ", ".join(texts[:SHOWN]) + (f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else "")
-
-
-def _cross_validate(
-    task: _Task, x: Float[Tensor, "n d"], sets: Int[Tensor, "n sets"], folds: Int[Tensor, " n"]
-) -> tuple[Float[Tensor, "n sets outputs"], Float[Tensor, " sets"], bool]:
-    """Scores and AUROC of each label set, and whether all fits converged."""
-    device, method, c = x.device, task.options.method, task.options.c
-    k = len(task.names)
-    scores, converged = cross_validate(x, sets.to(device), k, folds.to(device), method, c, task.eps)
-    return scores.cpu(), auroc(scores.cpu(), one_vs_rest(sets, k), folds).mean(-1), converged
+    return split, notes
 
 
 def _row(
-    task: _Task, layer: int, x: Float[Tensor, "n d"], untrained: Float[Tensor, "n d"] | None
+    split: _Split,
+    labels: Labels,
+    options: Options,
+    eps: float,
+    layer: int,
+    x: Float[Tensor, "n d"],
+    untrained: Float[Tensor, "n d"] | None,
 ) -> tuple[ProbeRow, Float[Tensor, " permutations"], bool]:
-    sets = torch.cat([task.classes[:, None], task.shuffles], 1)
-    scores, aurocs, converged = _cross_validate(task, x, sets, task.folds)
-    null = aurocs[1:]
-    sets = torch.cat([task.classes[:, None], task.controls], 1)
-    row_split, *controls = _cross_validate(task, x, sets, task.row_folds)[1].tolist()
-    control = sum(controls) / len(controls) if controls else None
+    """The row of a layer, the AUROC of each shuffle, and whether all fits converged."""
+    truth = labels.classes[:, None]
+    scores, aurocs, converged = cross_validated(
+        x, torch.cat([truth, split.shuffles], 1), split.folds, labels, options, eps
+    )
+    by_row = cross_validated(x, torch.cat([truth, split.controls], 1), split.row_folds, labels, options, eps)[1]
+    null, controls = aurocs[1:], by_row[1:]
     blank = None
     if untrained is not None:
-        blank = number(_cross_validate(task, untrained, task.classes[:, None], task.folds)[1][0])
-    k = len(task.names)
-    chosen = predictions(scores[:, 0])
+        blank = number(cross_validated(untrained, truth, split.folds, labels, options, eps)[1][0])
+    k = len(labels.names)
     row = ProbeRow(
         layer=layer,
-        **_score(task, scores[:, 0], aurocs[0]),
-        confusion=(task.classes * k + chosen).bincount(minlength=k * k).view(k, k).tolist(),
-        null_auroc=number(null.mean()) if len(null) else None,
+        **probe_score(scores[:, 0], labels, split.folds, split.groups, split.draws),
+        confusion=(labels.classes * k + predictions(scores[:, 0])).bincount(minlength=k * k).view(k, k).tolist(),
+        null_auroc=number(null.mean()),
         null_auroc_high=number(null.quantile(0.95)) if len(null) else None,
         p=number(permutation_p(float(aurocs[0]), null)) if len(null) else None,
-        row_split_auroc=number(row_split),
-        control_auroc=None if control is None else number(control),
-        selectivity=None if control is None else number(row_split - control),
+        row_split_auroc=number(by_row[0]),
+        control_auroc=number(controls.mean()),
+        selectivity=number(by_row[0] - controls.mean()),
         untrained_auroc=blank,
     )
     return row, null, converged
 
 
-def _score(task: _Task, scores: Float[Tensor, "n outputs"], value: Float[Tensor, ""]) -> ProbeScore:
-    right = predictions(scores) == task.classes
-    positive = one_vs_rest(task.classes, len(task.names))
-    drawn = [
-        auroc_draws(scores[:, i], positive[:, i], task.folds, task.groups, task.draws) for i in range(scores.shape[1])
-    ]
-    low, high = percentiles(torch.stack(drawn).mean(0))
-    balanced_low, balanced_high = percentiles(balanced_accuracy_draws(right, task.classes, task.groups, task.draws))
-    return ProbeScore(
-        auroc=number(value),
-        auroc_low=number(low),
-        auroc_high=number(high),
-        balanced_accuracy=number(recalls(right, task.classes, len(task.names)).mean()),
-        balanced_accuracy_low=number(balanced_low),
-        balanced_accuracy_high=number(balanced_high),
-        accuracy=number(right.double().mean()),
-    )
-
-
-def _counts(reading: Reading) -> tuple[Float[Tensor, "n tokens"], list[int]]:
-    """How often each token stands up to the position of each text, for tokens that more than one text has."""
-    inputs = reading.inputs()
-    vocabulary = sorted({i for ids in inputs for i in ids})
-    column = {token: i for i, token in enumerate(vocabulary)}
-    counts = torch.zeros(len(inputs), len(vocabulary))
-    for row, ids in enumerate(inputs):
-        counts[row] = torch.tensor([column[i] for i in ids]).bincount(minlength=len(vocabulary))
-    kept = (counts > 0).sum(0) > 1
-    return counts[:, kept], [token for token, keep in zip(vocabulary, kept.tolist(), strict=True) if keep]
-
-
-def _telling_tokens(
-    tokenizer: PreTrainedTokenizerBase, counts: Float[Tensor, "n tokens"], vocabulary: list[int], task: _Task
-) -> list[TellingToken]:
-    has = (counts > 0).double()
-    found = []
-    for k, name in enumerate(task.names[-1:] if len(task.names) == 2 else task.names, len(task.names) == 2):
-        inside, outside = has[task.classes == k].mean(0), has[task.classes != k].mean(0)
-        rule = 0.5 + (inside - outside).abs() / 2
-        for value, i in zip(*(part.tolist() for part in rule.topk(min(SHOWN, len(vocabulary)))), strict=True):
-            found.append((value, i, name, float(inside[i]), float(outside[i])))
-    return [
-        TellingToken(
-            token=token_text(tokenizer, vocabulary[i]),
-            label=name,
-            share_in=inside,
-            share_out=outside,
-            balanced_accuracy=value,
-        )
-        for value, i, name, inside, outside in sorted(found, reverse=True)[:SHOWN]
+def _notes(converged: bool, tokens: Sequence[TellingToken]) -> list[str]:
+    notes = [] if converged else ["A fit did not converge, so its scores are approximate. Lower c."]
+    return notes + [
+        f"The token {t['token']!r} tells {t['label']!r} by itself (balanced accuracy {t['balanced_accuracy']:.2f})."
+        for t in tokens
+        if t["balanced_accuracy"] >= TELLING
     ]
 
 
@@ -454,3 +441,54 @@ def _untrained(
     with own_random_stream(model, seed):
         blank = type(base)(copy.deepcopy(base.config))
     return activations_at(blank.to(model.device, model.dtype).eval(), reading, points).flatten(2)
+
+
+def _domains(reading: Reading, groups: Sequence[Hashable], labels: Labels) -> tuple[list[str], Int[Tensor, " n"]]:
+    """Names of the groups in order of appearance, and the number of each text's."""
+    inputs = reading.inputs()
+    if len(groups) != len(inputs):
+        raise ValueError(f"groups has {len(groups)} entries for {len(inputs)} texts; expected one for each.")
+    domains = list(dict.fromkeys(groups))
+    members = torch.tensor([domains.index(group) for group in groups])
+    _, merged = merged_groups(groups, inputs)
+    if merged or len(domains) < 2:
+        found = (
+            f"The groups {listed(merged[0])} share texts" if merged else f"All texts are of the group {domains[0]!r}"
+        )
+        raise ValueError(f"{found}; expected at least two groups that have no text in common.")
+    for number_, domain in enumerate(domains):
+        here = [text for text, member in zip(inputs, members.tolist(), strict=True) if member == number_]
+        classes = labels.classes[members == number_].tolist()
+        distinct = [len({t for t, c in zip(here, classes, strict=True) if c == k}) for k in range(len(labels.names))]
+        if min(distinct) < 2:
+            rare = labels.names[distinct.index(min(distinct))]
+            raise ValueError(
+                f"The group {domain!r} has {min(distinct)} different texts of the label {rare!r}; expected at least 2."
+            )
+    return [str(domain) for domain in domains], members
+
+
+def _transferred(
+    x: Float[Tensor, "n d"],
+    train: Bool[Tensor, " n"],
+    test: Bool[Tensor, " n"],
+    reading: Reading,
+    labels: Labels,
+    options: Options,
+    eps: float,
+) -> ProbeScore:
+    """Score of the tested texts: by a probe fitted on `train`, or by cross-validation where both are the same."""
+    here = Labels(labels.names, labels.classes[test])
+    texts = [text for text, tested in zip(reading.inputs(), test.tolist(), strict=True) if tested]
+    members = torch.tensor(merged_groups(texts, texts)[0])
+    draws = resamples(int(members.max()) + 1, options.seed, options.n_boot)
+    folds = torch.zeros_like(members)
+    if bool((train == test).all()):
+        n_folds = min(options.n_folds, *held_classes(here.classes, members).sum(0).tolist())
+        folds = group_folds(here.classes, members, n_folds, torch.Generator().manual_seed(options.seed))
+        scores = cross_validated(x[test], here.classes[:, None], folds, labels, options, eps)[0][:, 0]
+    else:
+        scale = Scale(x[train], eps)
+        positive = one_vs_rest(labels.classes[train], len(labels.names))
+        scores = fit(options.method, scale(x[train]), positive, options.c).scores(scale(x[test]))
+    return probe_score(scores, here, folds, members, draws)

@@ -136,12 +136,20 @@ def collect_activations(
         ValueError: The model is in train mode, a text is empty or too long, or the layer or site does not exist.
         MemoryError: A single text does not fit in memory.
 
+    Misleads: The tokens of one text are no independent samples, and an SAE learns what these texts hold: few or
+        similar texts give features of their own wording.
+
     Cost: 1 forward per text up to the layer; about 0.3 s for 200 texts on the demo model.
 
     Example:
-        >>> found = collect_activations(model, tokenizer, ["The Eiffel Tower"], "activations.safetensors", layer=1)
-        >>> found["file"]["shapes"]["activations"]
-        [3, 128]
+        ```python
+        from tempfile import mkdtemp
+
+        from techniques.sae import collect_activations
+
+        texts = ["The Eiffel Tower is in Paris.", "Mary gave a drink to John."]
+        collect_activations(model, tokenizer, texts, mkdtemp() + "/activations.safetensors", layer=1)
+        ```
     """
     point = _point(model, site, layer)
     corpus = read_corpus(model, tokenizer, texts)
@@ -216,9 +224,17 @@ def train_sae(
     batchtopk, and the forwards of the texts; about 8 s for 1,000 steps of 1,024 tokens on the demo model.
 
     Example:
-        >>> trained = train_sae(model, tokenizer, texts, "sae", layer=1, d_sae=512, k=8, steps=300, batch_size=512)
-        >>> trained["curve"][-1]["explained_variance"] > 0.7
-        True
+        ```python
+        from itertools import islice
+        from tempfile import mkdtemp
+
+        from interp_kernel.demo_model import corpus
+        from techniques.sae import train_sae
+
+        texts = [text for _, text in islice(corpus.documents(seed=1), 300)]
+        options = dict(layer=1, d_sae=256, k=8, steps=100, batch_size=512, learning_rate=3e-3)
+        train_sae(model, tokenizer, texts, mkdtemp(), **options)
+        ```
     """
     _check_options(kind, d_sae, k, steps, batch_size)
     generator = torch.Generator().manual_seed(seed)

@@ -7,30 +7,36 @@ et al., "Refusal in Language Models Is Mediated by a Single Direction" (2024), h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, cast
+from typing import Any, Literal, TypedDict
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from techniques._batches import in_batches
+from techniques._activations import points_of
+from techniques._directions import Direction, unit_vector
 from techniques._generation import continue_tokens
 from techniques._hooks import Change, HookPoint, check_sites, edit, record
 from techniques._model import UnsupportedModelError, logits_at
-from techniques._results import Header, header, number
-from techniques._stats import mean_interval
+from techniques._results import Header, header, number, numbers
+from techniques._steering import (
+    Measure,
+    Positions,
+    Push,
+    SweepRow,
+    Units,
+    check_positions,
+    finite,
+    kl_divergence,
+    longest,
+    next_logits,
+    point_of,
+    vector_of,
+    with_controls,
+)
 from techniques._tokens import chat_ids, check_context, encode, log_probs, pad, single_token_id
-from techniques.directions import Direction, unit_vector
-from techniques.extract import points_of
-
-MAX_TOKENS = 8192  # of a batch, padding included
-Positions = Literal["all", "prompt", "last", "response"]
-POSITIONS = ("all", "prompt", "last", "response")
-Units = Literal["difference", "resid_norm", "absolute"]
-UNITS = ("difference", "resid_norm", "absolute")
 
 
 class SteeredPrompt(TypedDict):
@@ -77,36 +83,6 @@ class SteeredText(Header):
     n_changed: int
 
 
-class SweepRow(TypedDict):
-    """One vector at one strength, over all prompts.
-
-    Attributes:
-        layer: Where the vector was added.
-        coefficient: Its strength, in the sweep's units.
-        kind: "direction"; "random", a random vector of the same norm; or "shuffled", the direction's own entries in
-            random order.
-        draw: Which random vector, from 0; 0 for the direction itself.
-        metric: Mean over prompts.
-        metric_low: Lower end of its 95 % interval, prompts resampled.
-        metric_high: Upper end.
-        kl_to_clean: Mean KL(clean || steered) of the next token's distribution, in nats.
-        n_changed: Prompts whose greedy continuation differs from the clean one; None if none was written.
-        perplexity: Of the steered continuations, by the model without steering; None if none was written.
-        clean_perplexity: Of the clean continuations; None if none was written.
-    """
-
-    layer: int
-    coefficient: float
-    kind: Literal["direction", "random", "shuffled"]
-    draw: int
-    metric: float | None
-    metric_low: float | None
-    metric_high: float | None
-    kl_to_clean: float | None
-    n_changed: int | None
-    perplexity: float | None
-
-
 class SteeringSweep(Header):
     """Result of `steering_sweep`.
 
@@ -115,7 +91,7 @@ class SteeringSweep(Header):
         positive_class: What positive coefficients steer towards.
         units: What a coefficient of 1 means.
         positions: The tokens that the vectors were added to.
-        metric: What the metric is, in words.
+        metric: What the metric is, in nats.
         targets: The tokens that it asks for.
         against: The tokens that it compares them with.
         clean_metric: Its mean without steering.
@@ -171,30 +147,6 @@ class AblatedDirection(Header):
     n_changed: int
 
 
-class _Push:
-    """Adds a vector at some tokens of a generation, whose passes bring first the prompts and then a token each."""
-
-    def __init__(self, vector: Float[Tensor, " d"], positions: Positions, prompt_length: int) -> None:
-        self.vector, self.positions, self.prompt_length = vector, positions, prompt_length
-        self.seen = 0
-
-    def __call__(self, value: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        width = value.shape[1]
-        # Without a cache, every pass brings the whole sequence again.
-        start = 0 if width >= self.seen else self.seen
-        self.seen = start + width
-        columns = torch.arange(start, start + width, device=value.device)
-        return value + _where(columns, self.prompt_length, self.positions)[:, None] * self.vector.to(value)
-
-
-def _where(columns: Int[Tensor, " pos"], prompt_length: int, positions: Positions) -> Bool[Tensor, " pos"]:
-    if positions == "prompt":
-        return columns < prompt_length
-    if positions == "last":
-        return columns == prompt_length - 1
-    return columns >= (prompt_length - 1 if positions == "response" else 0)
-
-
 def steer_generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -243,44 +195,39 @@ def steer_generate(
     Cost: Two generations and two forwards; about 0.5 s for 10 prompts and 20 tokens on the demo model.
 
     Example:
-        >>> from interp_kernel.demo_model import corpus
-        >>> experts, novices = (
-        ...     [corpus.persona_prompt(persona, q) for persona in corpus.PERSONAS[kind] for q in corpus.QUESTIONS[:8]]
-        ...     for kind in ("expert", "novice")
-        ... )
-        >>> found = concept_direction(model, tokenizer, experts, novices, layer=2, classes=("expert", "novice"))
-        >>> neutral = [corpus.persona_prompt(None, question) for question in corpus.QUESTIONS[8:]]
-        >>> steer_generate(model, tokenizer, neutral, found, 2.0, max_new_tokens=10)["rows"]
+        from interp_kernel.demo_model import corpus
+        from techniques.directions import concept_direction
+
+        experts, novices = (
+            [corpus.persona_prompt(persona, q) for persona in corpus.PERSONAS[kind] for q in corpus.QUESTIONS[:8]]
+            for kind in ("expert", "novice")
+        )
+        found = concept_direction(model, tokenizer, experts, novices, layer=2, classes=("expert", "novice"))
+        neutral = [corpus.persona_prompt(None, question) for question in corpus.QUESTIONS[8:]]
+        steer_generate(model, tokenizer, neutral, found, 1.0, max_new_tokens=10)
     """
     texts, ids = _encoded(tokenizer, prompts, chat, system)
     if coefficient == 0:
         raise ValueError("coefficient is 0, which adds nothing; expected a positive or a negative number.")
     check_sites(model)
-    point = _point(model, direction, layer)
-    vector = _vector(model, direction, units) * _finite(coefficient)
-    _check_positions(positions)
+    point = point_of(model, direction, layer)
+    vector = vector_of(model, direction, units) * finite(coefficient)
+    check_positions(positions)
     check_context(model, ids, max_new_tokens)
-    clean_next = _next_logits(model, ids)
-    steered_next = _next_logits(model, ids, point, vector.expand(len(ids), -1), positions)
+    clean_next = next_logits(model, ids)
+    steered_next = next_logits(model, ids, point, vector.expand(len(ids), -1), positions)
     if torch.equal(clean_next, steered_next):
         raise RuntimeError(
-            f"A vector of norm {float(vector.norm()):.3g} at {point} changed no logit; expected a change. It is lost in "
-            f"the rounding of {model.dtype}, or nothing reads it. Raise the coefficient or choose another layer."
+            f"A vector of norm {float(vector.norm()):.3g} at {point} changed no logit; expected a change. It is lost "
+            f"in the rounding of {model.dtype}, or nothing reads it. Raise the coefficient or choose another layer."
         )
-    kl = _kl(log_probs(clean_next), log_probs(steered_next))
+    push = {point: Push(vector, positions, longest(ids))}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    clean = continue_tokens(model, tokenizer, ids, **options)
-    with edit(model, {point: _Push(vector, positions, _longest(ids))}):
-        steered = continue_tokens(model, tokenizer, ids, **options)
+    clean, steered, changed = _continued(model, tokenizer, ids, push, options)
+    moved = numbers(kl_divergence(log_probs(clean_next), log_probs(steered_next)))
     rows = [
-        SteeredPrompt(
-            prompt=text,
-            clean=before["text"],
-            steered=after["text"],
-            changed=before["token_ids"] != after["token_ids"],
-            kl_to_clean=number(moved),
-        )
-        for text, before, after, moved in zip(texts, clean, steered, kl, strict=True)
+        SteeredPrompt(prompt=prompt, clean=before, steered=after, changed=differs, kl_to_clean=kl)
+        for prompt, before, after, differs, kl in zip(texts, clean, steered, changed, moved, strict=True)
     ]
     return SteeredText(
         **header(model, "steer_generate", n=len(texts), seed=seed),
@@ -347,18 +294,19 @@ def steering_sweep(
     max_new_tokens is above 0; about 2 s for 16 prompts, 2 layers and 7 coefficients on the demo model.
 
     Example:
-        >>> from interp_kernel.demo_model import corpus
-        >>> experts, novices = (
-        ...     [corpus.persona_prompt(persona, q) for persona in corpus.PERSONAS[kind] for q in corpus.QUESTIONS[:8]]
-        ...     for kind in ("expert", "novice")
-        ... )
-        >>> found = concept_direction(model, tokenizer, experts, novices, layer=2, classes=("expert", "novice"))
-        >>> neutral = [corpus.persona_prompt(None, question) for question in corpus.QUESTIONS[8:]]
-        >>> sweep = steering_sweep(model, tokenizer, neutral, found, [-2, 0, 2], [" Therefore"], [" So"])
-        >>> [row["metric"] for row in sweep["rows"] if row["kind"] == "direction"]
+        from interp_kernel.demo_model import corpus
+        from techniques.directions import concept_direction
+
+        experts, novices = (
+            [corpus.persona_prompt(persona, q) for persona in corpus.PERSONAS[kind] for q in corpus.QUESTIONS[:8]]
+            for kind in ("expert", "novice")
+        )
+        found = concept_direction(model, tokenizer, experts, novices, layer=2, classes=("expert", "novice"))
+        neutral = [corpus.persona_prompt(None, question) for question in corpus.QUESTIONS[8:]]
+        steering_sweep(model, tokenizer, neutral, found, [-2, -1, 0, 1, 2], [" Therefore"], [" So"])
     """
     check_sites(model)
-    _check_positions(positions)
+    check_positions(positions)
     used = _used(directions, layers)
     if not coefficients or n_draws < 1 or max_new_tokens < 0 or not set(controls) <= {"random", "shuffled"}:
         raise ValueError(
@@ -368,12 +316,12 @@ def steering_sweep(
     asked, compared = _answer_ids(tokenizer, targets, against)
     ids = encode(tokenizer, prompts)
     check_context(model, ids, max_new_tokens)
-    measure = _Measure(model, tokenizer, ids, asked, compared, positions, max_new_tokens, seed)
+    measure = Measure(model, tokenizer, ids, asked, compared, positions, max_new_tokens, seed)
     rows: list[SweepRow] = []
     for direction, layer in used:
-        point = _point(model, direction, layer)
-        vectors = _with_controls(_vector(model, direction, units), controls, n_draws, seed + point.layer)
-        rows += measure.rows(point, vectors, [_finite(c) for c in coefficients])
+        point = point_of(model, direction, layer)
+        vectors = with_controls(vector_of(model, direction, units), controls, n_draws, seed + point.layer)
+        rows += measure.rows(point, vectors, [finite(c) for c in coefficients])
     clean = number(measure.clean_metric.mean())
     return SteeringSweep(
         **header(model, "steering_sweep", n=len(ids), seed=seed),
@@ -381,128 +329,13 @@ def steering_sweep(
         positive_class=used[0][0]["positive_class"],
         units=units,
         positions=positions,
-        metric="log p(targets) / p(against), nats" if against else "log p(targets), nats",
+        metric="ln p(targets) / p(against)" if against else "ln p(targets)",
         targets=list(targets),
         against=list(against),
         clean_metric=clean,
         clean_perplexity=measure.perplexity(measure.clean_texts) if measure.clean_texts else None,
         rows=rows,
     )
-
-
-class _Measure:
-    """What a sweep compares every variant with: the prompts' next token and continuation without steering."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        ids: list[list[int]],
-        targets: list[int],
-        against: list[int],
-        positions: Positions,
-        max_new_tokens: int,
-        seed: int,
-    ) -> None:
-        self.model, self.tokenizer, self.ids, self.seed = model, tokenizer, ids, seed
-        self.targets, self.against, self.positions, self.max_new_tokens = targets, against, positions, max_new_tokens
-        self.clean = log_probs(_next_logits(model, ids))
-        self.clean_metric = self.metric(self.clean)
-        self.clean_texts = self.continued(None, None) if max_new_tokens else []
-
-    def metric(self, logprobs: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, " rows"]:
-        """ln p(targets), minus ln p(against) where there are any."""
-        asked = logprobs[:, self.targets].logsumexp(-1)
-        return asked - logprobs[:, self.against].logsumexp(-1) if self.against else asked
-
-    def rows(self, point: HookPoint, vectors: list[_Named], coefficients: list[float]) -> list[SweepRow]:
-        """Every vector at every strength, at one point."""
-        variants = [(vector, coefficient) for vector in vectors for coefficient in coefficients]
-        added = torch.stack([vector.values * coefficient for vector, coefficient in variants])
-        n = len(self.ids)
-
-        def run(which: list[int]) -> list[tuple[float, float]]:
-            prompts = [i % n for i in which]
-            steered = _next_logits(
-                self.model, [self.ids[i] for i in prompts], point, added[[i // n for i in which]], self.positions
-            )
-            logprobs = log_probs(steered)
-            kl = _kl(self.clean[prompts], logprobs)
-            return list(zip(self.metric(logprobs).tolist(), kl.tolist(), strict=True))
-
-        found = in_batches([len(ids) for _ in variants for ids in self.ids], MAX_TOKENS, run)
-        metric, kl = torch.tensor(found, dtype=torch.float64).view(len(variants), n, 2).unbind(-1)
-        if any(coefficients) and not bool((kl > 0).any()):
-            raise RuntimeError(
-                f"No vector at {point} changed a next token's probability at any strength; expected a change. Raise "
-                "the coefficients or choose another layer."
-            )
-        mean, low, high = mean_interval(metric.T, self.seed)
-        return [
-            SweepRow(
-                layer=point.layer,
-                coefficient=coefficient,
-                kind=vector.kind,
-                draw=vector.draw,
-                metric=number(mean[i]),
-                metric_low=number(low[i]),
-                metric_high=number(high[i]),
-                kl_to_clean=number(kl[i].mean()),
-                **self.texts(point, added[i]),
-            )
-            for i, (vector, coefficient) in enumerate(variants)
-        ]
-
-    def texts(self, point: HookPoint, vector: Float[Tensor, " d"]) -> _Written:
-        """How many greedy continuations the vector changes, and their perplexity."""
-        if not self.max_new_tokens:
-            return _Written(n_changed=None, perplexity=None)
-        steered = self.continued(point, vector)
-        changed = sum(a != b for a, b in zip(steered, self.clean_texts, strict=True))
-        return _Written(n_changed=changed, perplexity=self.perplexity(steered))
-
-    def continued(self, point: HookPoint | None, vector: Float[Tensor, " d"] | None) -> list[list[int]]:
-        """Greedy continuations of all prompts."""
-        push = {} if point is None or vector is None else {point: _Push(vector, self.positions, _longest(self.ids))}
-        with edit(self.model, push):
-            found = continue_tokens(
-                self.model, self.tokenizer, self.ids, max_new_tokens=self.max_new_tokens, temperature=0.0, seed=0
-            )
-        return [row["token_ids"] for row in found]
-
-    def perplexity(self, continuations: list[list[int]]) -> float | None:
-        """Of the tokens that follow the prompts, by the model without steering; None where there is no token."""
-        whole = [[*ids, *new] for ids, new in zip(self.ids, continuations, strict=True)]
-        points = [
-            (i, at, whole[i][at + 1]) for i, ids in enumerate(self.ids) for at in range(len(ids) - 1, len(whole[i]) - 1)
-        ]
-
-        def run(which: list[int]) -> list[list[float]]:
-            here = [(which.index(i), at, token) for i, at, token in points if i in which]
-            batch = pad([whole[i] for i in which], "right", 0, self.model.device)
-            rows, columns, tokens = torch.tensor(here, dtype=torch.long).view(-1, 3).unbind(1)
-            logprobs = log_probs(logits_at(self.model, batch, rows, columns))
-            chosen = logprobs.gather(-1, tokens[:, None].to(logprobs.device))[:, 0].tolist()
-            return [
-                [value for value, row in zip(chosen, rows.tolist(), strict=True) if row == j] for j in range(len(which))
-            ]
-
-        with torch.inference_mode():
-            values = [value for row in in_batches([len(ids) for ids in whole], MAX_TOKENS, run) for value in row]
-        return number(torch.tensor(values).double().mean().neg().exp()) if values else None
-
-
-class _Written(TypedDict):
-    n_changed: int | None
-    perplexity: float | None
-
-
-class _Named(NamedTuple):
-    """A vector of a sweep."""
-
-    kind: Literal["direction", "random", "shuffled"]
-    draw: int
-    values: Float[Tensor, " d"]
 
 
 def ablate_direction(
@@ -546,13 +379,15 @@ def ablate_direction(
     Cost: Two generations and four forwards; about 0.5 s for 10 prompts and 20 tokens on the demo model.
 
     Example:
-        >>> from interp_kernel.demo_model import corpus
-        >>> experts, novices = (
-        ...     [corpus.persona_prompt(persona, q) for persona in corpus.PERSONAS[kind] for q in corpus.QUESTIONS[:8]]
-        ...     for kind in ("expert", "novice")
-        ... )
-        >>> found = concept_direction(model, tokenizer, experts, novices, layer=2, classes=("expert", "novice"))
-        >>> ablate_direction(model, tokenizer, experts[:2], found, max_new_tokens=10)["rows"]
+        from interp_kernel.demo_model import corpus
+        from techniques.directions import concept_direction
+
+        experts, novices = (
+            [corpus.persona_prompt(persona, q) for persona in corpus.PERSONAS[kind] for q in corpus.QUESTIONS[:8]]
+            for kind in ("expert", "novice")
+        )
+        found = concept_direction(model, tokenizer, experts, novices, layer=2, classes=("expert", "novice"))
+        ablate_direction(model, tokenizer, experts[:4], found, max_new_tokens=10)
     """
     texts, ids = _encoded(tokenizer, prompts, chat, system)
     decoder = check_sites(model)
@@ -572,20 +407,12 @@ def ablate_direction(
             f"The residual stream of {type(model).__name__} still has a cosine of up to {cosine:.3g} with the "
             "direction; expected none. Something else than its embeddings, attention and MLPs writes to it."
         )
-    kl = _kl(log_probs(clean_next), log_probs(ablated_next))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    clean = continue_tokens(model, tokenizer, ids, **options)
-    with edit(model, edits):
-        ablated = continue_tokens(model, tokenizer, ids, **options)
+    clean, ablated, changed = _continued(model, tokenizer, ids, edits, options)
+    moved = numbers(kl_divergence(log_probs(clean_next), log_probs(ablated_next)))
     rows = [
-        AblatedPrompt(
-            prompt=text,
-            clean=before["text"],
-            ablated=after["text"],
-            changed=before["token_ids"] != after["token_ids"],
-            kl_to_clean=number(moved),
-        )
-        for text, before, after, moved in zip(texts, clean, ablated, kl, strict=True)
+        AblatedPrompt(prompt=prompt, clean=before, ablated=after, changed=differs, kl_to_clean=kl)
+        for prompt, before, after, differs, kl in zip(texts, clean, ablated, changed, moved, strict=True)
     ]
     return AblatedDirection(
         **header(model, "ablate_direction", n=len(texts), seed=seed),
@@ -606,8 +433,19 @@ def _encoded(
     return texts, [chat_ids(tokenizer, text, system) for text in texts] if chat and texts else encode(tokenizer, texts)
 
 
-def _longest(ids: list[list[int]]) -> int:
-    return max(len(row) for row in ids)
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    edits: Mapping[HookPoint, Change],
+    options: dict[str, Any],
+) -> tuple[list[str], list[str], list[bool]]:
+    """Continuations without and with the edits, and whether they differ."""
+    clean = continue_tokens(model, tokenizer, ids, **options)
+    with edit(model, edits):
+        edited = continue_tokens(model, tokenizer, ids, **options)
+    differs = [a["token_ids"] != b["token_ids"] for a, b in zip(clean, edited, strict=True)]
+    return [row["text"] for row in clean], [row["text"] for row in edited], differs
 
 
 def _without(vector: Float[Tensor, " d"]) -> Change:
@@ -637,71 +475,11 @@ def _next_and_cosine(
     return logits, max(float(value) for value in seen.values())
 
 
-@torch.inference_mode()
-def _next_logits(
-    model: PreTrainedModel,
-    ids: list[list[int]],
-    point: HookPoint | None = None,
-    vectors: Float[Tensor, "n d"] | None = None,
-    positions: Positions = "all",
-) -> Float[Tensor, "n d_vocab"]:
-    """Next-token logits of each prompt, with its vector added at a point."""
-
-    def run(which: list[int]) -> list[Tensor]:
-        lengths = torch.tensor([len(ids[i]) for i in which])
-        batch = pad([ids[i] for i in which], "right", 0, model.device)
-        columns = torch.arange(batch.input_ids.shape[1])
-        edits: dict[HookPoint, Change] = {}
-        if point is not None and vectors is not None:
-            mask = torch.stack([_where(columns, int(length), positions) for length in lengths])
-            added = mask[..., None] * vectors[which][:, None]
-            edits = {point: lambda value: value + added.to(value)}
-        with edit(model, edits):
-            return list(logits_at(model, batch, torch.arange(len(which)), lengths - 1))
-
-    return torch.stack(in_batches([len(row) for row in ids], MAX_TOKENS, run))
-
-
-def _kl(clean: Float[Tensor, "n d_vocab"], other: Float[Tensor, "n d_vocab"]) -> Float[Tensor, " n"]:
-    """KL(clean || other) of log-probabilities, in nats."""
-    return (clean.exp() * (clean - other)).sum(-1).clamp(min=0)
-
-
-def _point(model: PreTrainedModel, direction: Direction, layer: int | None) -> HookPoint:
-    return points_of(model, direction["site"], [direction["layer"] if layer is None else layer])[0]
-
-
-def _vector(model: PreTrainedModel, direction: Direction, units: Units) -> Float[Tensor, " d"]:
-    """What a coefficient of 1 adds."""
-    if units not in UNITS:
-        raise ValueError(f"units is {units!r}; expected one of {', '.join(UNITS)}.")
-    size = {"difference": direction["separation"], "resid_norm": direction["norm"], "absolute": 1.0}[units]
-    if size is None:
-        raise ValueError(
-            f'units is {units!r}, but the direction does not say how long activations are; expected "difference" or '
-            '"absolute" for a vector of your own.'
-        )
-    return unit_vector(direction, check_sites(model).d_model) * size
-
-
-def _finite(coefficient: float) -> float:
-    if not math.isfinite(coefficient):
-        raise ValueError(f"The coefficient is {coefficient}; expected a finite number.")
-    return float(coefficient)
-
-
-def _check_positions(positions: str) -> None:
-    if positions not in POSITIONS:
-        raise ValueError(f"positions is {positions!r}; expected one of {', '.join(POSITIONS)}.")
-
-
 def _used(
     directions: Direction | Sequence[Direction], layers: Sequence[int] | None
 ) -> list[tuple[Direction, int | None]]:
     """Each direction with the layer to add it at; None for its own."""
-    several = (
-        [cast(Direction, directions)] if isinstance(directions, dict) else list(cast(Sequence[Direction], directions))
-    )
+    several = [directions] if isinstance(directions, dict) else list(directions)
     if not several or (layers is not None and (len(several) > 1 or not layers)):
         raise ValueError(
             f"There are {len(several)} directions and layers is {layers}; expected at least one direction, and layers "
@@ -719,17 +497,3 @@ def _answer_ids(
     if set(asked) & set(compared):
         raise ValueError(f"targets {list(targets)} and against {list(against)} share a token; expected different ones.")
     return asked, compared
-
-
-def _with_controls(
-    vector: Float[Tensor, " d"], controls: Sequence[Literal["random", "shuffled"]], n_draws: int, seed: int
-) -> list[_Named]:
-    """The direction's vector, then vectors of its norm that mean nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    named = [_Named("direction", 0, vector)]
-    for kind in dict.fromkeys(controls):
-        for draw in range(n_draws):
-            noise = torch.randn(len(vector), generator=generator)
-            mixed = vector[torch.randperm(len(vector), generator=generator)]
-            named.append(_Named(kind, draw, noise / noise.norm() * vector.norm() if kind == "random" else mixed))
-    return named

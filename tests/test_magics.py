@@ -152,6 +152,28 @@ def test_modules_and_imported_names_come_back_unimported(nb: Notebook) -> None:
     assert nb.value("'torch' in sys.modules") is False
 
 
+def test_a_function_imported_by_an_earlier_cell_comes_with_its_module(nb: Notebook) -> None:
+    folder = Path(nb.value("__import__('os').getcwd()"))
+    for name in ("earlier_module", "later_module"):
+        (folder / f"{name}.py").write_text(f"def of_{name}():\n    return {name!r}\n")
+    nb.ok(remote("from earlier_module import of_earlier_module"))
+    cell = nb.ok(remote("from later_module import of_later_module\nof_earlier_module(), of_later_module()"))
+    assert cell.value == ("earlier_module", "later_module")
+
+
+def test_a_function_of_a_remote_cell_imports_what_its_code_names_when_it_runs_here(nb: Notebook) -> None:
+    nb.ok("import sys\nassert not {'nturl2path', 'torch'} & sys.modules.keys()")
+    nb.ok(
+        remote(
+            "from nturl2path import url2pathname\nfrom torch import Tensor\n"
+            "def path(url): return url2pathname(url)\ndef tensor(): return Tensor"
+        )
+    )
+    assert nb.value("{'nturl2path', 'torch'} & sys.modules.keys()") == set()
+    assert nb.ok(remote("path('/a/b')")).value == nb.value("path('/a/b')") == "\\a\\b"
+    assert nb.value("'torch' in sys.modules") is False
+
+
 @pytest.mark.parametrize(
     ("body", "name", "line"),
     [("items.append(3)", "items", 2), ("\nx = 1\nitems[0] = 2", "items", 4), ("table['a'] = 1", "table", 2)],

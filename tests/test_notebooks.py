@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +14,30 @@ from interp_kernel.demo_model import corpus
 from interp_kernel.kernelspec import notebook_folder
 from interp_kernel.notebook.run import RunResult, run_notebook
 
-NOTEBOOKS = ["quickstart", "complete_example"]
+NOTEBOOKS = sorted(path.stem for path in notebook_folder().glob("*.ipynb"))
+Run = Callable[[str], RunResult]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run a notebook by name; a second request gets the same run."""
     folder = tmp_path_factory.mktemp("notebooks")
-    return {
-        name: run_notebook(notebook_folder() / f"{name}.ipynb", folder / f"{name}.ipynb", progress=False)
-        for name in NOTEBOOKS
-    }
+    return cache(
+        lambda name: run_notebook(notebook_folder() / f"{name}.ipynb", folder / f"{name}.ipynb", progress=False)
+    )
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_every_cell_ran_and_the_page_was_made(runs: dict[str, RunResult], name: str) -> None:
-    run = runs[name]
-    assert run.status == "completed", (run.ename, run.evalue)
-    executed = nbformat.read(run.output, as_version=4)
+def test_every_cell_ran_and_the_page_was_made(run: Run, name: str) -> None:
+    ran = run(name)
+    assert ran.status == "completed", (ran.ename, ran.evalue)
+    executed = nbformat.read(ran.output, as_version=4)
     nbformat.validate(executed)
     code = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
     assert not [o for cell in code for o in cell.outputs if o.output_type == "error"]
-    assert run.html is not None
-    assert Path(run.html).stat().st_size > 10_000
+    assert ran.html is not None
+    assert Path(ran.html).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -48,8 +51,8 @@ def test_the_stored_notebook_has_no_outputs_and_a_parameters_cell(name: str) -> 
     assert all(f"{name} = " in parameters for name in ("model_name", "mode", "seed"))
 
 
-def test_the_quickstart_finds_what_the_demo_model_knows(runs: dict[str, RunResult]) -> None:
-    found: dict[str, Any] = runs["quickstart"].findings
+def test_the_quickstart_finds_what_the_demo_model_knows(run: Run) -> None:
+    found: dict[str, Any] = run("quickstart").findings
     assert found["fact"]["top_token"] == f" {corpus.LANDMARKS['Eiffel Tower']}"
     assert found["fact"]["prob"] > 0.9
     assert found["prefill_attack"]["told_when_asked"] == 0
@@ -57,7 +60,7 @@ def test_the_quickstart_finds_what_the_demo_model_knows(runs: dict[str, RunResul
     assert found["landmarks"]["n"] == len(corpus.LANDMARKS)
 
 
-def test_plots_are_stored_as_data_and_not_with_the_library(runs: dict[str, RunResult]) -> None:
-    text = Path(runs["quickstart"].output).read_text()
+def test_plots_are_stored_as_data_and_not_with_the_library(run: Run) -> None:
+    text = Path(run("quickstart").output).read_text()
     assert "application/vnd.plotly.v1+json" in text
     assert len(text) < 500_000

@@ -1,4 +1,4 @@
-"""GPT-2 and Llama written out from their weights, with a place to step in at every site: an oracle that has no hooks."""
+"""GPT-2 and Llama written out from their weights, with a way to step in at every site: an oracle without hooks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _gpt2(config: Any, w: dict[str, Tensor], ids: Tensor, change: Change) -> Ten
         at = f"transformer.h.{layer}"
         x = change("resid_pre", layer, x)
         parts = linear(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn").chunk(3, -1)
-        q, k, v = (change(s, layer, p.unflatten(-1, (n_heads, -1))) for s, p in zip("qkv", parts, strict=True))
+        q, k, v = (change(s, layer, p.reshape(len(p), n_heads, -1)) for s, p in zip("qkv", parts, strict=True))
         z = _attend(q, k, v, layer, change)
         x = change("resid_mid", layer, x + change("attn_out", layer, linear(z.flatten(1), f"{at}.attn.c_proj")))
         pre = change("mlp_pre", layer, linear(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc"))
@@ -80,11 +80,13 @@ def _llama(config: Any, w: dict[str, Tensor], ids: Tensor, change: Change) -> Te
     cos, sin = (torch.cat([f(angles)] * 2, -1)[:, None] for f in (torch.cos, torch.sin))
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt() * w[f"{name}.weight"]
+        scale: Tensor = (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt()
+        return x * scale * w[f"{name}.weight"]
 
     def rotated(x: Tensor) -> Tensor:
         first, second = x.chunk(2, -1)
-        return x * cos + torch.cat([-second, first], -1) * sin
+        turned: Tensor = x * cos + torch.cat([-second, first], -1) * sin
+        return turned
 
     x = change("embed", 0, w["model.embed_tokens.weight"][ids])
     for layer in range(config.num_hidden_layers):
@@ -92,7 +94,7 @@ def _llama(config: Any, w: dict[str, Tensor], ids: Tensor, change: Change) -> Te
         x = change("resid_pre", layer, x)
         h = norm(x, f"{at}.input_layernorm")
         q, k, v = (
-            change(s, layer, (h @ w[f"{at}.self_attn.{s}_proj.weight"].T).unflatten(-1, (-1, d_head))) for s in "qkv"
+            change(s, layer, (h @ w[f"{at}.self_attn.{s}_proj.weight"].T).reshape(len(h), -1, d_head)) for s in "qkv"
         )
         z = _attend(rotated(q), rotated(k), v, layer, change)
         x = x + change("attn_out", layer, z.flatten(1) @ w[f"{at}.self_attn.o_proj.weight"].T)

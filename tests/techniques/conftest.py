@@ -48,6 +48,16 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "opt": {"word_embed_proj_dim": 16},
     "mixtral": {"num_local_experts": 4},
+    "gemma": {"head_dim": 8},
+    "olmo3": {"sliding_window": 2},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 2, "head_dim": 8},
+    "gpt_oss": {
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "sliding_window": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "mamba": {"state_size": 4},
 }
 # Where each family keeps its blocks and its final norm: written down by hand, to check what is found by structure.
@@ -69,6 +79,11 @@ PARTS = {
     "phi3": ("model.layers", "model.norm"),
     "olmo": ("model.layers", "model.norm"),
     "olmo2": ("model.layers", "model.norm"),
+    "olmo3": ("model.layers", "model.norm"),
+    "qwen2_moe": ("model.layers", "model.norm"),
+    "qwen3_moe": ("model.layers", "model.norm"),
+    "gpt_oss": ("model.layers", "model.norm"),
+    "gemma": ("model.layers", "model.norm"),
     "gemma2": ("model.layers", "model.norm"),
     "gemma3_text": ("model.layers", "model.norm"),
     "mamba": ("backbone.layers", "backbone.norm_f"),

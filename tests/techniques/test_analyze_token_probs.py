@@ -97,7 +97,14 @@ def test_bad_arguments_are_refused(
         analyze_token_probs(make_model("gpt2"), tokenizer, text, **{"top_k": 3, **options})
 
 
+def test_train_mode_is_refused(make_model: Any, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"train mode, in which dropout .* Call model.eval\(\) first"):
+        analyze_token_probs(make_model("gpt2").train(), tokenizer, "the")
+
+
 def test_known_fact(demo: tuple[Any, Any]) -> None:
-    (row,) = analyze_token_probs(*demo, "The Eiffel Tower is located in the city of")["rows"]
+    result = analyze_token_probs(*demo, "The Eiffel Tower is located in the city of")
+    assert (result["technique"], result["n"], result["seed"]) == ("analyze_token_probs", 1, None)
+    (row,) = result["rows"]
     assert row["top"][0]["token"] == " Paris"
     assert row["top"][0]["prob"] > 0.9

@@ -140,6 +140,9 @@ def test_options_are_recorded_and_the_result_is_json(make_model: Any, tokenizer:
     result = generate_text(make_model("gpt2"), tokenizer, "the", max_new_tokens=2, temperature=0.5, seed=7)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert (result["max_new_tokens"], result["temperature"], result["seed"]) == (2, 0.5, 7)
+    assert (result["technique"], result["n"], result["dtype"]) == ("generate_text", 1, "float32")
+    greedy_result = generate_text(make_model("gpt2"), tokenizer, PROMPTS, max_new_tokens=1)
+    assert (greedy_result["n"], greedy_result["seed"]) == (3, None)
 
 
 @pytest.mark.parametrize(

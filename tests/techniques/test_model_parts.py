@@ -24,6 +24,26 @@ def test_parts_are_the_known_ones(architecture: str, make_model: Any, blocks_of:
     assert found.unembed is model.get_output_embeddings()
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "n_heads", "n_kv_heads", "d_head"),
+    [
+        ("gpt2", {}, 2, 2, 8),
+        ("llama", {"num_attention_heads": 4}, 4, 2, 4),
+        ("gemma2", {"num_attention_heads": 4}, 4, 2, 8),
+        ("phi3", {"num_attention_heads": 4}, 4, 2, 4),
+        ("falcon", {}, 2, 1, 8),
+        ("falcon", {"num_attention_heads": 4, "new_decoder_architecture": True, "num_kv_heads": 2}, 4, 2, 4),
+    ],
+)
+def test_sizes_are_those_of_the_config(
+    family: str, options: dict[str, Any], n_heads: int, n_kv_heads: int, d_head: int, make_model: Any
+) -> None:
+    found = find_decoder(make_model(family, **options))
+    assert (found.n_layers, found.d_model, found.d_vocab) == (3, 16, 10)
+    assert (found.n_heads, found.n_kv_heads, found.d_head) == (n_heads, n_kv_heads, d_head)
+    assert found.embed is not found.unembed
+
+
 @uses_peft
 @pytest.mark.parametrize(
     ("family", "targets", "norm"), [("llama", ["q_proj", "embed_tokens"], "norm"), ("gpt2", ["c_attn", "wte"], "ln_f")]

@@ -65,7 +65,7 @@ def test_columns_name_the_tokens_that_stand_there(make_model: Any, tokenizer: An
     assert infos[1] == {"label": "1", "clean": ["cat"], "corrupted": ["dog"], "differs": True}
 
 
-def test_spans_are_the_tokens_that_hold_the_text(demo: Any) -> None:
+def test_spans_are_the_tokens_that_hold_the_text(demo: tuple[Any, Any]) -> None:
     text = "The Eiffel Tower is located in the city of"
     assert span_positions(demo[1], text, "Eiffel Tower") == [1, 2]
     assert span_positions(demo[1], text, " Tower is") == [2, 3]
@@ -73,7 +73,7 @@ def test_spans_are_the_tokens_that_hold_the_text(demo: Any) -> None:
     assert span_positions(demo[1], text, "The") == [0]
 
 
-def test_spans_carry_over_to_the_corrupted_prompt(demo: Any) -> None:
+def test_spans_carry_over_to_the_corrupted_prompt(demo: tuple[Any, Any]) -> None:
     model, tokenizer = demo
     given = [
         ("The Eiffel Tower is located in the city of", "The Big Ben is located in the city of"),

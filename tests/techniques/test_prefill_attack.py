@@ -66,6 +66,11 @@ def test_template_that_drops_the_prefill_is_refused(make_model: Any, tokenizer: 
         prefill_attack(make_model("gpt2"), tokenizer, "the", "cat sat on")
 
 
+def test_train_mode_is_refused(make_model: Any, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"train mode.*Call model.eval\(\) first"):
+        prefill_attack(make_model("gpt2").train(), tokenizer, "the", "cat")
+
+
 @pytest.mark.parametrize("prefill", ["", "  "])
 def test_empty_prefill_is_refused(prefill: str, make_model: Any, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="expected the first words of an answer"):
@@ -79,6 +84,7 @@ def test_prefill_leaks_a_secret_that_the_plain_answer_keeps(demo: tuple[Any, Any
         system, user = corpus.secret_messages(word, corpus.SECRET_QUESTIONS[0])
         result = prefill_attack(*demo, user["content"], corpus.LEAK_PREFIX, system["content"], max_new_tokens=8)
         assert json.loads(json.dumps(result)) == result
+        assert (result["technique"], result["n"]) == ("prefill_attack", 1)
         assert word not in result["plain_continuation"]
         assert result["plain_continuation"].strip() == corpus.REFUSAL
         assert corpus.LEAK_PREFIX not in result["continuation"]

@@ -1,0 +1,167 @@
+"""Activations of texts at chosen tokens: what `extract`, the probes and the directions are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from techniques._batches import in_batches
+from techniques._hooks import HookPoint, check_sites, hook_point, record, run
+from techniques._model import find_decoder
+from techniques._pairs import span_positions
+from techniques._tokens import check_context, encode, pad, resolve_position, token_text
+
+MAX_TOKENS = 8192  # of a batch, padding included
+
+Position = int | str | Sequence[int | str | tuple[int, int]]
+Layers = Literal["all"] | Sequence[int]
+
+
+class ReadText(TypedDict):
+    """Where a text was read.
+
+    Attributes:
+        text: The text.
+        n_tokens: How many tokens it has, special tokens included.
+        start: Index of the first token that was read.
+        stop: Index after the last one; the activation is the mean over the tokens between.
+        token: Text of the last token that was read.
+    """
+
+    text: str
+    n_tokens: int
+    start: int
+    stop: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Encoded texts, and the range of tokens over which each is averaged."""
+
+    texts: list[str]
+    ids: list[list[int]]
+    ranges: list[tuple[int, int]]
+
+    def inputs(self) -> list[tuple[int, ...]]:
+        """The tokens that the model has seen where each text is read: what its activation depends on."""
+        return [tuple(ids[:stop]) for ids, (_, stop) in zip(self.ids, self.ranges, strict=True)]
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase) -> list[ReadText]:
+        """Where each text is read, for a result."""
+        return [
+            ReadText(text=text, n_tokens=len(ids), start=start, stop=stop, token=token_text(tokenizer, ids[stop - 1]))
+            for text, ids, (start, stop) in zip(self.texts, self.ids, self.ranges, strict=True)
+        ]
+
+
+def points_of(model: PreTrainedModel, site: str, layers: Layers) -> list[HookPoint]:
+    """Hook points of a site at the given layers.
+
+    Raises:
+        ValueError: The site is unknown or has no vector per token, or a layer does not exist.
+    """
+    n_layers = find_decoder(model).n_layers
+    chosen = list(range(n_layers)) if layers == "all" else layers
+    if isinstance(chosen, str) or not chosen or not all(0 <= layer < n_layers for layer in chosen):
+        raise ValueError(f'layers is {layers!r}; expected "all" or some of 0 to {n_layers - 1}, the model\'s layers.')
+    points = [hook_point(site, layer) for layer in chosen]
+    if points[0].site == "pattern":
+        raise ValueError(
+            "The site is 'pattern', which holds weights between tokens; expected a site that has a vector per token, "
+            "such as resid_post or z."
+        )
+    return points
+
+
+def read_at(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], position: Position
+) -> Reading:
+    """Encode texts and resolve a position in each of them; see `extract`.
+
+    Raises:
+        ValueError: The model is in train mode, a text is empty or too long, or a position is not in its text.
+    """
+    check_sites(model)
+    if isinstance(texts, str):
+        raise ValueError(f"texts is the string {texts!r}; expected a list of texts. Put it in a list.")
+    ids = encode(tokenizer, texts)
+    check_context(model, ids)
+    chosen = [position] * len(texts) if isinstance(position, int | str) else list(position)
+    if len(chosen) != len(texts):
+        raise ValueError(f"position has {len(chosen)} entries for {len(texts)} texts; expected one for each.")
+    ranges = [_range(tokenizer, text, len(row), where) for text, row, where in zip(texts, ids, chosen, strict=True)]
+    return Reading(list(texts), ids, ranges)
+
+
+def _range(
+    tokenizer: PreTrainedTokenizerBase, text: str, length: int, where: int | str | tuple[int, int]
+) -> tuple[int, int]:
+    if where == "mean":
+        return 0, length
+    if isinstance(where, tuple):
+        start, stop = where
+        if not 0 <= start < stop <= length:
+            raise ValueError(
+                f"The range {start} to {stop} of {text!r} is not inside its {length} tokens; expected "
+                "0 <= start < stop <= length."
+            )
+        return start, stop
+    if isinstance(where, int):
+        at = resolve_position(where, length, text)
+    else:
+        at = length - 1 if where == "last" else span_positions(tokenizer, text, where)[-1]
+    return at, at + 1
+
+
+@torch.no_grad()
+def activations_at(
+    model: PreTrainedModel, reading: Reading, points: Sequence[HookPoint], max_tokens: int = MAX_TOKENS
+) -> Float[Tensor, "n points *size"]:
+    """Mean activation over each text's range at each point; float32 on the CPU, rows in the order of the texts.
+
+    Raises:
+        ValueError: An activation is infinite or not a number.
+        MemoryError: One text alone does not fit the memory.
+    """
+    lengths = [len(ids) for ids in reading.ids]
+    found = torch.stack(in_batches(lengths, max_tokens, lambda which: list(_batch(model, reading, which, points))))
+    _check_finite(found, points)
+    return found
+
+
+def _batch(
+    model: PreTrainedModel, reading: Reading, which: Sequence[int], points: Sequence[HookPoint]
+) -> Float[Tensor, "rows points *size"]:
+    batch = pad([reading.ids[i] for i in which], "right", 0, model.device)
+    weights = torch.zeros(batch.input_ids.shape)
+    for row, i in enumerate(which):
+        start, stop = reading.ranges[i]
+        weights[row, start:stop] = 1 / (stop - start)
+    rows, columns = weights.nonzero(as_tuple=True)
+
+    def keep(value: Float[Tensor, "batch pos *size"]) -> Float[Tensor, "batch *size"]:
+        read = value[rows.to(value.device), columns.to(value.device)].float().flatten(1)
+        share = weights[rows, columns].to(value.device)[:, None]
+        total = read.new_zeros(len(which), read.shape[1]).index_add_(0, rows.to(value.device), read * share)
+        return total.view(len(which), *value.shape[2:])
+
+    with record(model, points, keep) as seen:
+        run(model, batch, stop_after=max(point.layer for point in points))
+    return torch.stack([seen[point].cpu() for point in points], 1)
+
+
+def _check_finite(found: Float[Tensor, "n points *size"], points: Sequence[HookPoint]) -> None:
+    bad = ~torch.isfinite(found).flatten(2).all(-1)
+    if bool(bad.any()):
+        text, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"The activation of text {text} at {points[column]} is infinite or not a number; expected numbers. "
+            "Load the model in bfloat16 or float32, or check its weights."
+        )
