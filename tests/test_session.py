@@ -218,6 +218,16 @@ model.register_forward_pre_hook(lambda *_: print('ready', flush=True))
 while True:
     model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=None)
 """
+# Python swallows what a finalizer raises, a stop too.
+FINALIZER = """
+class Slow:
+    def __del__(self):
+        print('ready', flush=True)
+        while True: pass
+
+Slow()
+while True: pass
+"""
 LOOPS = {
     "loop": "print('ready', flush=True)\nwhile True: pass",
     "comprehension": "print('ready', flush=True)\n[i for i in iter(int, 1)]",
@@ -226,6 +236,7 @@ LOOPS = {
     "generate": GENERATE,
     "await": "import asyncio\nprint('ready', flush=True)\nawait asyncio.sleep(600)",
     "lock": "import threading\nprint('ready', flush=True)\nthreading.Event().wait()",
+    "finalizer": FINALIZER,
 }
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+AGAIN_S = 0.01  # by then the finalizer that swallowed a stop has ended
 
 
 class Interrupter:
@@ -24,7 +27,9 @@ class Interrupter:
         self._target: str | None = None
         self._shields = 0
         self._waiting = False
+        self._raised: KeyboardInterrupt | None = None
         signal.signal(signal.SIGINT, self._on_signal)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
 
     def interrupt(self, call_id: str) -> bool:
         """Stop a call if it is the one that runs now; from any thread."""
@@ -71,4 +76,15 @@ class Interrupter:
         if self._shields:
             self._waiting = True
         else:
-            raise KeyboardInterrupt
+            self._raised = KeyboardInterrupt()
+            raise self._raised
+
+    def _on_unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Python swallows what a finalizer raises; a stop that fell into one is sent again."""
+        call_id = self._running
+        if self._raised is None or unraisable.exc_value is not self._raised or call_id is None:
+            self._unraisable(unraisable)
+            return
+        again = threading.Timer(AGAIN_S, self.interrupt, [call_id])
+        again.daemon = True
+        again.start()
