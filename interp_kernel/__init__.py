@@ -1,6 +1,7 @@
 """A Jupyter kernel whose `%%remote` cells run on a warm worker that holds a language model.
 
 `%load_ext interp_kernel` gives any IPython kernel the same magics; `InterpClient` does the same from Python.
+`hf_image` is the image of Modal containers, to be extended as `hf_image.uv_pip_install("einops")`.
 Importing this package loads nothing heavy.
 """
 
@@ -9,9 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import modal
+
     from interp_kernel.client import InterpClient as InterpClient
 
-__all__ = ["InterpClient", "load_ipython_extension", "unload_ipython_extension"]
+    hf_image: modal.Image
+
+__all__ = ["InterpClient", "hf_image", "load_ipython_extension", "unload_ipython_extension"]
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -37,4 +42,8 @@ def __getattr__(name: str) -> Any:
         from interp_kernel.client import InterpClient
 
         return InterpClient
+    if name == "hf_image":
+        from interp_kernel.backends.modal.image import hf_image
+
+        return hf_image()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

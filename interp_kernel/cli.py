@@ -46,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("-o", "--output", type=Path, default=Path("out"), metavar="DIR", help="folder (default: out)")
     _add_run(verbs)
     _add_worker(verbs)
+    _add_modal(verbs)
+    _verb(verbs, "doctor", run_doctor, "check what is needed, in order, and say what to do about what is missing")
     specs = verbs.add_parser("kernelspec", help="make the kernel known to Jupyter").add_subparsers(required=True)
     install = _verb(specs, "install", install_kernelspec, "install the kernelspec with this Python's path")
     place = install.add_mutually_exclusive_group(required=True)
@@ -89,6 +91,41 @@ def _add_worker(verbs: Any) -> None:
     which.add_argument("--all", action="store_true", help="every worker of this user")
     logs = _verb(worker, "logs", print_log, "print what a worker wrote to its log")
     logs.add_argument("key", nargs="?", metavar="KEY", help="needed where there are several workers")
+
+
+def _add_modal(verbs: Any) -> None:
+    from interp_kernel.backends.modal.arguments import add_options
+
+    modal = verbs.add_parser("modal", help="the app at Modal that outlives notebooks").add_subparsers(required=True)
+    deploy = _verb(modal, "deploy", run_modal, "deploy the app, in place of an earlier one, whose containers end")
+    deploy.argument_default = argparse.SUPPRESS
+    add_options(deploy)
+    deploy.add_argument("--scaledown-window", type=int, metavar="S", help="end after so many idle seconds (300)")
+    texts = {
+        "status": "say whether the app is deployed and how many containers run",
+        "logs": "print what its containers wrote",
+        "stop": "end the app and its containers; models and remote values are lost",
+    }
+    for name, text in texts.items():
+        verb = _verb(modal, name, run_modal, text)
+        verb.add_argument("--app-name", default="interp-kernel", metavar="NAME", help="its name (interp-kernel)")
+    for name, verb in modal.choices.items():
+        verb.set_defaults(action=name)
+
+
+def run_modal(arguments: argparse.Namespace) -> int:
+    """`interp-kernel modal`."""
+    from interp_kernel.backends.modal import commands
+
+    action: Callable[[argparse.Namespace], int] = getattr(commands, arguments.action)
+    return action(arguments)
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """`interp-kernel doctor`."""
+    from interp_kernel.doctor import examine
+
+    return 0 if examine(print) else 1
 
 
 def _seconds(text: str) -> float:

@@ -12,11 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from interp_kernel.backends import Backend, OnEvent
 from interp_kernel.backends.local import LocalBackend
-from interp_kernel.errors import ShipError, SpecError, remote_error
+from interp_kernel.backends.modal.options import ModalOptions
+from interp_kernel.errors import LoadError, ShipError, WorkerRefusedError, remote_error
+from interp_kernel.options import check_mode, check_window, rename_older
 from interp_kernel.output import Screen
 from interp_kernel.protocol import Head, Reference, Shipment
-from interp_kernel.session import OnEvent, Result, Session
+from interp_kernel.session import Failure, Result, Session
 from interp_kernel.sources import (
     Module,
     Technique,
@@ -27,9 +30,6 @@ from interp_kernel.sources import (
     technique_modules,
 )
 from interp_kernel.spec import WorkerSpec
-
-OLDER_NAMES = {"container_idle_timeout": "scaledown_window", "keep_warm": "min_containers", "torch_dtype": "dtype"}
-CONTAINER_OPTIONS = ("gpu", "image", "deploy")
 
 __all__ = ["InterpClient", "Job", "convert_technique_to_standalone"]
 
@@ -52,22 +52,32 @@ class InterpClient:
         Args:
             app_name: Name of the app where workers run in containers; a local worker has none.
             model_name: `demo`, a name on the Hugging Face hub, or a local folder.
-            mode: `local`, a process on this machine.
+            mode: `local`, a process on this machine, or `modal`, a container there.
             scaledown_window: Seconds without a call after which the worker ends.
             min_containers: 1 keeps the worker for good, until `stop()`.
-            **options: How the model is loaded, see WorkerSpec; `gpu`, `image` and `deploy` are for containers. The
-                older names `container_idle_timeout`, `keep_warm` and `torch_dtype` are accepted.
+            **options: How the model is loaded, see WorkerSpec; where, as `gpu`, `image` or `deploy`, see ModalOptions.
+                The older names `container_idle_timeout`, `keep_warm` and `torch_dtype` are accepted.
 
         Raises:
             SpecError: An option is unknown or wrong.
         """
         options = {"scaledown_window": scaledown_window, "min_containers": min_containers, **rename_older(options)}
+        options |= {"app_name": app_name}
         self.app_name, self.mode = app_name, check_mode(mode, options)
         self.scaledown_window, self.min_containers = check_window(options)
+        for_modal = {name: options.pop(name) for name in ModalOptions.names() if name in options}
         self.spec = WorkerSpec.from_json({"model_name": model_name, **options})
-        self.backend = LocalBackend(self.spec, self.scaledown_window, self.min_containers)
+        self.backend = self._make_backend(for_modal)
+        self._limit: float | None = for_modal.get("timeout")  # seconds of a call for which no other limit is given
         self.session = Session(self.backend)
         self._techniques: dict[str, Technique] = {}
+
+    def _make_backend(self, for_modal: dict[str, Any]) -> Backend:
+        if self.mode == "local":
+            return LocalBackend(self.spec, self.scaledown_window, self.min_containers)
+        from interp_kernel.backends.modal.backend import ModalBackend
+
+        return ModalBackend(self.spec, ModalOptions(**for_modal))
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={v!r}" for k, v in {"model_name": self.spec.model_name, **self.spec.to_json()}.items())
@@ -78,6 +88,18 @@ class InterpClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def is_same_worker(self, other: InterpClient) -> bool:
+        """Whether calls of both go to one worker."""
+        options = [getattr(client.backend, "options", None) for client in (self, other)]
+        return self.mode == other.mode and self.spec == other.spec and options[0] == options[1]
+
+    def stays(self) -> str:
+        """How long the worker stays, and at Modal on what, in words."""
+        if isinstance(options := getattr(self.backend, "options", None), ModalOptions):
+            return options.place()
+        minutes = f"{self.scaledown_window / 60:g} min after the last call"
+        return f"stays warm {'until it is stopped' if self.min_containers else minutes}"
 
     def connect(self, on_event: OnEvent | None = None) -> Head:
         """Start the worker or attach to it, and wait until the model is loaded; returns what `model_info` does."""
@@ -116,17 +138,51 @@ class InterpClient:
         """Start a call and return at once; it queues behind calls that were made before it."""
         return Job(self.session, lambda job: self._call(fn, args, kwargs, job, None, call_id=job.id).value)
 
-    def map(self, fn: Callable[..., Any] | Technique, inputs: Iterable[Any], **kwargs: Any) -> Iterator[Any]:
+    def map(
+        self,
+        fn: Callable[..., Any] | Technique,
+        inputs: Iterable[Any],
+        *,
+        max_containers: int | None = None,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[Any]:
         """Yield `fn(model, tokenizer, x, **kwargs)` for each input, in order, each as soon as it is there.
 
         Nothing runs before the first result is asked for; what came before an error or a stop is not lost.
+
+        Args:
+            fn: As in `run`.
+            inputs: One value for each call; all of them are read at first if there are several containers.
+            max_containers: At Modal, run on up to so many containers beside the warm worker, which keep nothing. An
+                input whose container Modal loses is run again, so it may run twice.
+            return_exceptions: Yield the exception of an input instead of raising it.
+            **kwargs: As in `run`, the same for each input.
         """
-        for index, value in enumerate(inputs):
-            try:
-                yield self.run(fn, value, **kwargs)
-            except Exception as error:
-                error.add_note(f"It was input {index} (counted from 0) of map.")
-                raise
+        if max_containers is not None and self.mode == "local":
+            warnings.warn(
+                "max_containers has no effect on a local worker, which runs one call at a time.", stacklevel=2
+            )
+            max_containers = None
+        if max_containers is not None:
+            from interp_kernel.mapping import fan_out
+
+            results = fan_out(self, fn, list(inputs), kwargs, max_containers)
+        else:
+            results = (self._outcome(fn, value, kwargs) for value in inputs)
+        for index, result in enumerate(results):
+            if isinstance(result, Failure):
+                if not return_exceptions:
+                    result.error.add_note(f"It was input {index} (counted from 0) of map.")
+                    raise result.error
+                yield result.error
+            else:
+                yield result
+
+    def for_each(self, fn: Callable[..., Any] | Technique, inputs: Iterable[Any], **options: Any) -> None:
+        """Call `fn` on each input as `map` does, with its options, and drop what it returns."""
+        for _ in self.map(fn, inputs, **options):
+            pass
 
     def model_info(self) -> dict[str, Any]:
         """Facts about the loaded model: class, sizes, dtype, device, memory, versions."""
@@ -163,6 +219,7 @@ class InterpClient:
     def stop(self) -> None:
         """End the worker, for all who use it; the model and all remote values are gone."""
         self.session.stop("stopped by its user")
+        self.backend.release()
 
     def close(self) -> None:
         """Leave the worker, which stays warm until its window has passed."""
@@ -179,18 +236,22 @@ class InterpClient:
         timeout: float | None,
         call_id: str | None = None,
     ) -> Result:
-        if not callable(fn):
-            raise ShipError(f"run() was given a {type(fn).__name__}; expected a function of (model, tokenizer, ...).")
+        check_function(fn)
         self.ensure(screen.show)
         head: Head = {"kind": "function", "id": call_id or self.session.new_id(), "background": call_id is not None}
         if isinstance(fn, Technique):
-            local = technique_modules(fn)
             shipment = self.session.ship((TechniqueReference(fn), args, kwargs))
         else:
             shipment = self.ship_named((fn, args, kwargs), lambda: {"fn": fn, **numbered(args), **kwargs})
-            local = {}
-        local |= collect_modules(shipment.modules, search=[working_folder(os.getcwd())])
-        return self.run_call(head, shipment, local, screen.show, timeout)
+        return self.run_call(head, shipment, modules_of(fn, shipment), screen.show, timeout)
+
+    def _outcome(self, fn: Callable[..., Any] | Technique, value: Any, kwargs: dict[str, Any]) -> Any:
+        try:
+            return self.run(fn, value, **kwargs)
+        except (KeyboardInterrupt, LoadError, WorkerRefusedError):
+            raise  # it is not about this input
+        except Exception as error:  # noqa: BLE001 - `map` raises it or yields it
+            return Failure(error)
 
     def ship_named(self, value: Any, names: Callable[[], dict[str, Any]]) -> Shipment:
         """Pickle a value; if that fails, say which of its parts, which `names` gives by name, is to blame."""
@@ -219,13 +280,10 @@ class InterpClient:
 
         Used by `run` and by the `%%remote` magic; see `Session.run`.
         """
-        head = {
-            **head,
-            "modules": [module.to_wire(with_source=True) for module in local.values()],
-            "files": source_files(shipment) | head.get("files", {}),
-            "folder": os.getcwd(),
-        }
-        result = self.session.run(head, shipment, on_event, timeout)
+        files = head.get("files", {})
+        head = {**head, **call_head(shipment, local)}
+        head["files"] |= files
+        result = self.session.run(head, shipment, on_event, self._limit if timeout is None else timeout)
         for note in result.head.get("notes", ()):
             on_event({"event": "warning", "text": note})
         if error := result.head.get("error"):
@@ -291,35 +349,25 @@ class Job:
             self._future.set_exception(error)
 
 
-def rename_older(options: dict[str, Any]) -> dict[str, Any]:
-    """Options under their present names, with a warning for each older one."""
-    for old, new in OLDER_NAMES.items():
-        if old in options:
-            warnings.warn(f"{old} is now called {new}.", DeprecationWarning, stacklevel=3)
-            options = {k: v for k, v in options.items() if k != old} | {new: options[old]}
-    return options
+def check_function(fn: Any) -> None:
+    """Refuse what can't be called."""
+    if not callable(fn):
+        raise ShipError(f"run() was given a {type(fn).__name__}; expected a function of (model, tokenizer, ...).")
 
 
-def check_mode(mode: str, options: dict[str, Any]) -> str:
-    """Refuse modes that do not exist, and take out the options that only containers have."""
-    if mode == "modal":
-        raise SpecError("mode='modal' is not built yet in this version; mode='local' runs the worker on this machine.")
-    if mode != "local":
-        raise SpecError(f"mode {mode!r} is not known; expected `local`.")
-    for name in CONTAINER_OPTIONS:
-        if options.pop(name, None):
-            warnings.warn(f"{name} has no effect on a local worker; device_map places the model.", stacklevel=3)
-    return mode
+def modules_of(fn: Any, shipment: Shipment) -> dict[str, Module]:
+    """Local modules that a function needs on the worker."""
+    local = technique_modules(fn) if isinstance(fn, Technique) else {}
+    return local | collect_modules(shipment.modules, search=[working_folder(os.getcwd())])
 
 
-def check_window(options: dict[str, Any]) -> tuple[float, int]:
-    """How long the worker stays without calls."""
-    window, containers = options.pop("scaledown_window"), options.pop("min_containers")
-    if not isinstance(window, int | float) or window <= 0:
-        raise SpecError(f"scaledown_window is {window!r}; expected a number of seconds above 0.")
-    if containers not in (0, 1):
-        raise SpecError(f"min_containers is {containers!r}; expected 0, or 1 to keep the local worker for good.")
-    return float(window), int(containers)
+def call_head(shipment: Shipment, local: Mapping[str, Module]) -> Head:
+    """What a call says beside its inputs: sources that it needs, text of cells for tracebacks, the folder."""
+    return {
+        "modules": [module.to_wire(with_source=True) for module in local.values()],
+        "files": source_files(shipment),
+        "folder": os.getcwd(),
+    }
 
 
 def numbered(args: tuple[Any, ...]) -> dict[str, Any]:

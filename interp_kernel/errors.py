@@ -110,6 +110,11 @@ def remote_error(ename: str, evalue: str, traceback: list[str]) -> RemoteError:
     return error
 
 
+def stopped(text: str) -> RemoteError:
+    """A KeyboardInterrupt that shows its text and no frames of ours."""
+    return remote_error("KeyboardInterrupt", text, [f"KeyboardInterrupt: {text}"])
+
+
 class WorkerError(InterpError):
     """Something is wrong with the worker itself, not with the code that it ran."""
 

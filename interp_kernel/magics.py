@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand, output_can_be_silenced
 
 from interp_kernel import completion
+from interp_kernel.backends.modal.arguments import add_options
 from interp_kernel.cell import Cell, parse_cell
 from interp_kernel.client import InterpClient, Job
 from interp_kernel.errors import InterpError, RemoteError, SpecError, WorkerDiedError, remote_error
@@ -64,7 +65,7 @@ def start_parser() -> LineParser:
     parser = LineParser("%remote start", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("model_name", nargs="?", metavar="MODEL", help="demo, a hub name or a local folder")
     parser.add_argument("--name", help="name for --worker and %%remote use; by default the model's")
-    parser.add_argument("--backend", dest="mode", help="local")
+    parser.add_argument("--backend", dest="mode", help="local or modal")
     for option in ("revision", "base-model", "tokenizer-name", "dtype", "attn-implementation", "hidden-system-prompt"):
         parser.add_argument(f"--{option}")
     parser.add_argument("--device-map", type=json_or_text, help="auto, a device, or JSON")
@@ -74,8 +75,7 @@ def start_parser() -> LineParser:
     parser.add_argument("--scaledown-window", type=float, metavar="S", help="end after so many idle seconds (300)")
     parser.add_argument("--min-containers", type=int, help="1 keeps the worker for good")
     parser.add_argument("--hold", action="store_true", help="keep it as long as this notebook's kernel lives")
-    for option in ("app-name", "gpu", "image"):
-        parser.add_argument(f"--{option}", help="for containers")
+    add_options(parser)
     return parser
 
 
@@ -305,9 +305,11 @@ class RemoteMagics(Magics):
         fallback = default_settings(self.shell) if "model_name" not in options else {}
         options = {**fallback, **options}
         name = options.pop("name", None) or str(options.get("model_name", "demo"))
+        if options.get("image") in self.shell.user_ns:
+            options["image"] = self.shell.user_ns[options["image"]]
         client = InterpClient(**options)
         known = self.workers.get(name)
-        if known is not None and known.spec == client.spec:
+        if known is not None and known.is_same_worker(client):
             client.session = known.session  # its handles stay good
         info = client.connect(Screen(self.shell).show)
         if hold:
@@ -346,6 +348,7 @@ class RemoteMagics(Magics):
         """End the worker, for all who use it."""
         client = self.client(words[0] if words else None)
         lost = client.session.stop()
+        client.backend.release()
         print(f"The worker has ended; the next remote cell starts a new one.{lost}")
 
     def _do_logs(self, words: list[str]) -> None:
@@ -407,13 +410,14 @@ def expect(words: list[str], n: int, usage: str) -> list[str]:
 
 def describe_worker(name: str, client: InterpClient, info: Head) -> str:
     """One line on a worker that is ready."""
-    stays = (
-        "until it is stopped" if client.min_containers else f"{client.scaledown_window / 60:g} min after the last call"
-    )
     size = f"{info['n_params'] / 1e6:,.1f} M parameters, " if "n_params" in info else ""
-    pid = client.session.hello["pid"]
     place = f"{', '.join(info.get('dtypes', ()))} on {', '.join(info.get('devices', ()))}"
-    return f"Worker {name!r} is ready: {size}{place}, pid {pid}; stays warm {stays}."
+    return f"Worker {name!r} is ready: {size}{place}, {whereabouts(client.session.hello)}; {client.stays()}."
+
+
+def whereabouts(hello: Head) -> str:
+    """Where a worker runs: its container, or its process on this machine."""
+    return f"Modal container {hello['place']}" if "place" in hello else f"pid {hello['pid']}"
 
 
 def describe_status(name: str, client: InterpClient) -> str:
@@ -423,7 +427,8 @@ def describe_status(name: str, client: InterpClient) -> str:
         before = client.session.hello
         why = client.backend.why_ended(before["pid"]) if before else None
         return f"{name}: not running" + (f" ({why})" if why else "")
-    text = f"{name}: {hello['state']}, pid {hello['pid']}, {hello['clients']} connected, {hello['queued']} queued"
+    counts = f"{hello['clients']} connected, {hello['queued']} queued"
+    text = f"{name}: {hello['state']}, {whereabouts(hello)}, {counts}"
     return "; ".join([text, *hello["damage"]])
 
 

@@ -311,7 +311,9 @@ class Channel:
         return head, frames[1:], self._file() if has_file else None
 
     def _file(self) -> BlobFile:
-        return BlobFile(self._fds.popleft() for _ in range(STRIPES))
+        if len(self._fds) < STRIPES:
+            raise IndexError(f"{len(self._fds)} descriptors came with a message that needs {STRIPES}")
+        return BlobFile([self._fds.popleft() for _ in range(STRIPES)])
 
     def close(self) -> None:
         """Close both directions; a thread that waits in `receive` gets EOFError."""

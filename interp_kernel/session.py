@@ -14,21 +14,21 @@ import types
 import uuid
 import weakref
 from _signal import signal as set_handler  # type: ignore[import-not-found]  # signal.signal costs 10 times as much
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from interp_kernel.backends import Backend, Link, Message
+from interp_kernel.backends import Backend, Link, Message, OnEvent
 from interp_kernel.errors import (
     CallTimeoutError,
     LoadError,
     LostValueError,
-    RemoteError,
     ShipError,
     WorkerDiedError,
     WorkerError,
     remote_error,
+    stopped,
 )
 from interp_kernel.protocol import BlobStore, Buffer, Head, Packed, Reference, Shipment, dumps, loads
 
@@ -36,8 +36,6 @@ LOAD = "load"
 GRACE_S = 10.0  # from a stop to the offer, or on a timeout the decision, to kill the worker
 ALIVE_S = 0.5  # how often a silent worker is looked after
 END_S = 3.0  # within this a worker is gone that has said that it ends
-
-OnEvent = Callable[[Head], None]
 
 
 class RemoteValue:
@@ -114,6 +112,12 @@ class LazyImport:
         return import_name, self._place
 
 
+def loaded_or_lazy(module: str, name: str) -> Any:
+    """A function or class of a module; to be imported at its first use unless the module is loaded here."""
+    loaded = sys.modules.get(module)
+    return getattr(loaded, name) if loaded is not None else LazyImport(module, name)
+
+
 def import_name(module: str, name: str) -> Any:
     """A function or class by the module that has it and its name there."""
     return getattr(importlib.import_module(module), name)
@@ -143,6 +147,13 @@ class Result:
     def value(self) -> Any:
         """The value of a function call."""
         return self.values["value"]
+
+
+@dataclass
+class Failure:
+    """What an input of `InterpClient.map` ended with, apart from an exception that a function returned."""
+
+    error: Exception
 
 
 class Session:
@@ -183,7 +194,7 @@ class Session:
         if (idle := self._idle_link()) is not None:
             return idle
         while True:
-            link, started = self.backend.open(self.client)
+            link, started = self.backend.open(self.client, on_event, stops.fd)
             try:
                 self._note_worker(link.hello, started, on_event)
                 if link.hello["state"] == "loading":
@@ -388,6 +399,8 @@ class Session:
         kind, key = reference
         if kind == "module":
             return sys.modules.get(key) or LazyModule(key)
+        if kind == "attribute":
+            return loaded_or_lazy(*key)
         return RemoteValue(self, {"id": kind, "type": f"the worker's {kind}"}, kind)
 
     def hold(self, name: str, info: dict[str, Any]) -> RemoteValue:
@@ -423,7 +436,11 @@ class PendingCall:
 
     def wait(self, on_event: OnEvent, timeout: float | None, stops: Stops) -> Result:
         """Submit the call and return its result; see `Session.run`."""
-        self._submit()
+        try:
+            self._submit()
+        except ShipError:  # too large for this link, which is as good as before
+            self.session._give_back(self.link)
+            raise
         limit = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
@@ -435,7 +452,10 @@ class PendingCall:
                     self.session._give_back(self.link)
                     return result
             except (EOFError, OSError):
-                self._reconnect(stops)
+                if self.link.is_untaken:
+                    self._start_over(on_event, stops)
+                else:
+                    self._reconnect(stops)
             except BaseException:
                 self.link.close()
                 raise
@@ -449,9 +469,8 @@ class PendingCall:
         wanted = set(missing_modules)
         known_modules = session._known_modules - wanted
         light = [m if m["digest"] not in known_modules else {**m, "source": None} for m in sources]
-        packed = Packed(
-            {**self.head, "modules": light, "acknowledge": session._acknowledge}, self.shipment.frames, known
-        )
+        head = {**self.head, "modules": light, "acknowledge": session._acknowledge}
+        packed = self.link.pack(head, self.shipment.frames, known)
         session._acknowledge = []
         try:
             self.link.send(packed)
@@ -459,6 +478,15 @@ class PendingCall:
             return  # the next receive finds out what has happened
         session._known |= packed.digests
         session._known_modules |= {m["digest"] for m in sources}
+
+    def _start_over(self, on_event: OnEvent, stops: Stops) -> None:
+        """The worker had ended before it was given the call, which therefore may go to a new one."""
+        self.link.close()
+        self.link = self.session._link(on_event, stops)
+        for value in self.shipment.held:
+            value.check()
+        self.head["generation"] = self.session.generation
+        self._submit()
 
     def _reconnect(self, stops: Stops) -> None:
         """The connection is gone: go on where it ended if the worker lives, else say why it died."""
@@ -525,9 +553,7 @@ class PendingCall:
         session = self.session
         values = loads(frames, session.resolve) if frames else {}
         values.update({name: session.hold(name, info) for name, info in head.get("held", {}).items()})
-        for name, (module, attribute) in head.get("imports", {}).items():
-            loaded = sys.modules.get(module)
-            values[name] = getattr(loaded, attribute) if loaded is not None else LazyImport(module, attribute)
+        values.update({name: loaded_or_lazy(*place) for name, place in head.get("imports", {}).items()})
         return Result(session, head, values)
 
     # ---------------------------------------------------------------------------------------- stop
@@ -568,11 +594,6 @@ class PendingCall:
     def _stop(self) -> None:
         self._stopped_s = time.monotonic()
         self.link.send(Packed({"verb": "interrupt", "id": self.id}))
-
-
-def stopped(text: str) -> RemoteError:
-    """A KeyboardInterrupt that shows its text and no frames of ours."""
-    return remote_error("KeyboardInterrupt", text, [f"KeyboardInterrupt: {text}"])
 
 
 # ----------------------------------------------------------------------------------------------- signals

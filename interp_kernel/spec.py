@@ -15,6 +15,7 @@ from interp_kernel.errors import SpecError
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 QUANTISATION = ("bnb-4bit", "bnb-8bit")
+LOADERS = ("transformers", "transformer_lens", "nnsight")
 SECRET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
 
@@ -33,6 +34,8 @@ class WorkerSpec:
             None puts the model on the first GPU if there is one, else on the CPU.
         quantization: One of QUANTISATION, or a dict of transformers' own `quantization_config` fields.
         attn_implementation: transformers' own name, as `eager` or `sdpa`.
+        loader: One of LOADERS, who makes the object that code gets as `model`: the plain model, TransformerLens' bridge
+            over it, or nnsight's LanguageModel. Techniques take the plain model alone.
         trust_remote_code: Whether code from the model's repository may run.
         hidden_system_prompt: `file:PATH` or `secret:NAME`, never the text itself; the worker reads it.
     """
@@ -46,6 +49,7 @@ class WorkerSpec:
     device_map: str | dict[str, Any] | None = None
     quantization: str | dict[str, Any] | None = None
     attn_implementation: str | None = None
+    loader: str = "transformers"
     trust_remote_code: bool = False
     hidden_system_prompt: str | None = None
 
@@ -61,6 +65,13 @@ class WorkerSpec:
             )
         if self.base_model is not None and not self.is_peft:
             raise SpecError(f"base_model={self.base_model!r} needs is_peft=True; without it no adapter is loaded.")
+        if self.loader not in LOADERS:
+            raise SpecError(f"loader {self.loader!r} is not known; expected one of {', '.join(LOADERS)}.")
+        if self.loader == "transformer_lens" and self.is_peft:
+            raise SpecError(
+                "TransformerLens leaves the adapter of a PEFT model out without a word. Merge it into its base model "
+                "and load that, or use another loader."
+            )
         _check_hidden_prompt(self.hidden_system_prompt)
 
     @property

@@ -21,14 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from interp_kernel.backends import Message
+from interp_kernel.backends import Message, OnEvent
 from interp_kernel.errors import WorkerError, WorkerRefusedError
-from interp_kernel.protocol import PROTOCOL, Channel, Head, Packed, peer
+from interp_kernel.protocol import PROTOCOL, Buffer, Channel, Head, Packed, peer
 from interp_kernel.spec import WorkerSpec
 
 SOCKET_PATH_LIMIT = 100  # bytes; the system's own limit is 108 on Linux and 104 on macOS
@@ -46,8 +46,10 @@ class LocalBackend:
         self.scaledown_window, self.min_containers = scaledown_window, min_containers
         self.folder = private_folder(runtime_root() / spec.key)
 
-    def open(self, client: str) -> tuple[LocalLink, bool]:
-        """See `Backend.open`."""
+    def open(
+        self, client: str, on_event: OnEvent = lambda _: None, stop_fd: int | None = None
+    ) -> tuple[LocalLink, bool]:
+        """See `Backend.open`; the start takes a moment, and the load is an event of the worker's."""
         if (link := self.attach(client)) is not None:
             return link, False
         with self._lock():
@@ -58,6 +60,15 @@ class LocalBackend:
         if link is None:
             raise WorkerError(f"The worker ended right after its start. Its log:\n{self.log_tail(2000)}")
         return link, True
+
+    def start(self) -> int:
+        """Start the worker, which must not run, without a connection to it; returns its process id."""
+        with self._lock():
+            self._start()
+        pid = listener(self.folder)
+        if pid is None:
+            raise WorkerError(f"The worker ended right after its start. Its log:\n{self.log_tail(2000)}")
+        return pid
 
     def attach(self, client: str) -> LocalLink | None:
         """See `Backend.attach`."""
@@ -93,6 +104,9 @@ class LocalBackend:
         """See `Backend.log_tail`."""
         return tail(self.folder / "worker.log", nbytes)
 
+    def release(self) -> None:
+        """See `Backend.release`: this machine stays."""
+
     @contextmanager
     def _lock(self) -> Iterator[None]:
         with (self.folder / "lock").open("w") as lock:
@@ -124,7 +138,11 @@ class LocalBackend:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={k: v for k, v in os.environ.items() if k not in NOT_FOR_WORKERS},
+                # Threads that spin while they wait take the cores from each other: many times slower on a busy machine.
+                env={
+                    "OMP_WAIT_POLICY": "PASSIVE",
+                    **{k: v for k, v in os.environ.items() if k not in NOT_FOR_WORKERS},
+                },
                 cwd=self.folder,
                 pass_fds=[ready_end],
                 start_new_session=True,  # Jupyter signals and kills the kernel's whole process group
@@ -139,6 +157,8 @@ class LocalBackend:
 class LocalLink:
     """A connection over the worker's Unix socket."""
 
+    is_untaken = False
+
     def __init__(self, sock: socket.socket, client: str) -> None:
         """Make sure that the process there is this user's, then say hello.
 
@@ -152,6 +172,10 @@ class LocalLink:
         except BaseException:
             self.close()
             raise
+
+    def pack(self, head: Head, frames: Sequence[Buffer], known: Collection[str]) -> Packed:
+        """See `Link.pack`."""
+        return Packed(head, frames, known)
 
     def send(self, packed: Packed) -> None:
         """See `Link.send`."""

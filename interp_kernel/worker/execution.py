@@ -19,7 +19,7 @@ from inspect import CO_COROUTINE, iscoroutine
 from typing import Any
 
 from interp_kernel.errors import ShipError
-from interp_kernel.protocol import Buffer, Head, Reference, Shipment, TooLargeError, dumps, loads
+from interp_kernel.protocol import Buffer, Head, Reference, Shipment, TooLargeError, dumps, importable, loads
 from interp_kernel.worker import modules
 from interp_kernel.worker.display import Display
 from interp_kernel.worker.events import Call
@@ -50,7 +50,8 @@ class Runner:
         """Everything that a call can touch."""
         self.model, self.tokenizer, self.values = model, tokenizer, values
         self.display, self.interrupter = display, interrupter
-        self.guard = Guard(model, tokenizer)
+        # nnsight's model is no nn.Module; the one that it traces is.
+        self.guard = Guard(getattr(model, "_module", model), tokenizer)
         self.random = RandomStreams()
         self._resolved = False  # whether the call that runs was given something that lives here
         self._late_notes: list[str] = []
@@ -180,7 +181,7 @@ class Runner:
         if value is self.model or value is self.tokenizer:
             raise ShipError("The worker's model and tokenizer stay on the worker. Return what you need from them.")
         try:
-            shipment = dumps({"value": value}, self._reduce)
+            shipment = dumps({"value": value}, self._reduce, lazy=True)
         except ShipError:
             raise
         except Exception as error:  # noqa: BLE001 - pickling runs the value's own code
@@ -215,23 +216,23 @@ class Runner:
         limit = call.head.get("fetch_limit")
         try:
             if not wanted:
-                return dumps(values, self._reduce, limit)
+                return dumps(values, self._reduce, limit, lazy=True)
         except Exception:  # noqa: BLE001 - one of them is too large or does not pickle; find out which
             pass
         for name, value in list(values.items()):
             try:
-                dumps(value, self._reduce, limit)
+                dumps(value, self._reduce, limit, lazy=True)
             except TooLargeError:
                 self._hold(call, head, name, values.pop(name), None)
             except Exception as error:  # noqa: BLE001 - pickling runs the value's own code
                 self._hold(call, head, name, values.pop(name), f"it can't be pickled ({evalue(error)})")
         for name, value in list(wanted.items()):
             try:
-                dumps(value, self._reduce)
+                dumps(value, self._reduce, lazy=True)
             except Exception as error:  # noqa: BLE001 - as above
                 self._hold(call, head, name, wanted.pop(name), f"it can't be pickled ({evalue(error)})")
         values.update(wanted)
-        return dumps(values, self._reduce)
+        return dumps(values, self._reduce, lazy=True)
 
     def _hold(self, call: Call, head: Head, name: str, value: Any, why: str | None) -> None:
         head["held"][name] = self.values.keep(value, call.client)
@@ -320,16 +321,6 @@ def names_its_model(code: types.CodeType) -> bool:
     """Whether a function's code mentions its first two arguments at all; one that doesn't has no way to the model."""
     given = code.co_varnames[:2]
     return code.co_argcount < 2 or any(step.argval in given for step in dis.get_instructions(code))
-
-
-def importable(value: Any) -> tuple[str, str] | None:
-    """Module and name of an imported function or class, which go back by name: pickled, they would be imported."""
-    if not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
-        return None
-    module, name = getattr(value, "__module__", None), value.__qualname__
-    if module in (None, "__main__", "builtins") or getattr(sys.modules.get(module), name, None) is not value:
-        return None
-    return module, name
 
 
 def enter_folder(folder: str | None) -> None:

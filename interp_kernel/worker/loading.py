@@ -41,7 +41,7 @@ class Loaded:
     """What a worker holds.
 
     Attributes:
-        model: A `PreTrainedModel`, or the `PeftModel` around one, in eval mode.
+        model: A `PreTrainedModel`, or the `PeftModel` around one, in eval mode; or what the spec's loader made of it.
         tokenizer: Its tokenizer, with the hidden system prompt in it if the spec names one.
         info: JSON-able facts: names, sizes, dtypes, devices, versions, how long the load took.
     """
@@ -78,6 +78,7 @@ def load(spec: WorkerSpec, progress: Progress) -> Loaded:
         LoadError: It can't be loaded; the message says why and what to do.
     """
     started = time.perf_counter()
+    _check_loader(spec.loader)
     adapter, base = _find_sources(spec, progress)
     progress("importing torch and transformers", None)
     import torch  # noqa: F401  imported here, so that a wrong name is told first and the line above is seen
@@ -95,8 +96,31 @@ def load(spec: WorkerSpec, progress: Progress) -> Loaded:
 
         tokenizer = hide_prompt(tokenizer, prompt)
     info = _model_info(model, tokenizer, spec, adapter, base)
+    model = _wrapped(model, tokenizer, spec, progress)
     info["load_s"] = round(time.perf_counter() - started, 3)
     return Loaded(model, tokenizer, info)
+
+
+def _check_loader(loader: str) -> None:
+    if importlib.util.find_spec(loader) is None:
+        extra = loader.replace("_", "-")
+        raise LoadError(
+            f'loader={loader!r} needs the package {extra}. Install it with `pip install "interp-kernel[{extra}]"`.'
+        )
+
+
+def _wrapped(model: Any, tokenizer: Any, spec: WorkerSpec, progress: Progress) -> Any:
+    if spec.loader == "transformers":
+        return model
+    progress(f"wrapping the model with {spec.loader}", None)
+    with _stage("model", spec.model_name):
+        if spec.loader == "nnsight":
+            from nnsight import LanguageModel
+
+            return LanguageModel(model, tokenizer=tokenizer)
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(spec.model_name, hf_model=model, tokenizer=tokenizer)
 
 
 def _read_prompt(source: str | None) -> str | None:
