@@ -15,9 +15,19 @@ from pathlib import Path
 
 from benchmarks.measure import Section
 
-GROUPS = ("calls", "cells", "tensors", "starts", "outputs", "memory")
+GROUPS = ("calls", "cells", "tensors", "starts", "outputs", "memory", "modal")
 RESULTS = Path(__file__).with_name("RESULTS.md")
-VERSIONS = ("interp-kernel", "torch", "transformers", "ipykernel", "ray", "distributed", "ipyparallel", "cloudpickle")
+VERSIONS = (
+    "interp-kernel",
+    "torch",
+    "transformers",
+    "ipykernel",
+    "ray",
+    "distributed",
+    "ipyparallel",
+    "cloudpickle",
+    "modal",
+)
 INTRODUCTION = """\
 # Results
 

@@ -138,6 +138,14 @@ class InterpClient:
         """Start a call and return at once; it queues behind calls that were made before it."""
         return Job(self.session, lambda job: self._call(fn, args, kwargs, job, None, call_id=job.id).value)
 
+    def job(self, call_id: str) -> Job:
+        """The job of that id, started by a client that is gone: a killed kernel's, say, whose worker goes on.
+
+        Its `result()` is the function's value, or a cell's variables by name, and raises WorkerError if the worker
+        does not know the call.
+        """
+        return Job(self.session, self._follow, call_id)
+
     def map(
         self,
         fn: Callable[..., Any] | Technique,
@@ -253,6 +261,13 @@ class InterpClient:
         except Exception as error:  # noqa: BLE001 - `map` raises it or yields it
             return Failure(error)
 
+    def _follow(self, job: Job) -> Any:
+        self.ensure(job.show)
+        result = self.session.follow(job.id, job.show)
+        if error := result.head.get("error"):
+            raise remote_error(error["ename"], error["evalue"], error["traceback"])
+        return result.values.get("value", result.values)
+
     def ship_named(self, value: Any, names: Callable[[], dict[str, Any]]) -> Shipment:
         """Pickle a value; if that fails, say which of its parts, which `names` gives by name, is to blame."""
         try:
@@ -310,12 +325,13 @@ class Job:
     """A call that runs in the background.
 
     Attributes:
+        id: By which another client of the worker finds it, `InterpClient.job`.
         events: What it has shown so far, oldest first.
     """
 
-    def __init__(self, session: Session, work: Callable[[Job], Any]) -> None:
+    def __init__(self, session: Session, work: Callable[[Job], Any], call_id: str | None = None) -> None:
         """Starts `work` in a thread, which reports each event to `show` and calls under the job's id."""
-        self.id = session.new_id()
+        self.id = call_id or session.new_id()
         self.events: list[Head] = []
         self._session = session
         self._future: Future[Any] = Future()

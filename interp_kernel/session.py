@@ -297,6 +297,15 @@ class Session:
             call = PendingCall(self, link, {"id": self.new_id(), **head}, shipment)
             return call.wait(on_event, timeout, stops)
 
+    def follow(self, call_id: str, on_event: OnEvent = lambda _: None) -> Result:
+        """Wait for a call of the worker that another client has submitted in the background, and take its result.
+
+        Raises:
+            WorkerError: The worker does not know the call.
+        """
+        with stop_signals() as stops:
+            return PendingCall(self, self._link(on_event, stops), {"id": call_id}, Shipment()).follow(on_event, stops)
+
     def ship(self, value: Any) -> Shipment:
         """Pickle inputs for this worker. RemoteValues in them become references.
 
@@ -428,6 +437,7 @@ class PendingCall:
         self.session, self.link, self.shipment = session, link, shipment
         self.head = {**head, "verb": "submit", "client": session.client, "generation": session.generation}
         self.id: str = head["id"]
+        self.is_followed = "kind" not in head  # it was submitted before, and can't be again
         self.seen = 0
         self._stops_seen = 0
         self._stopped_s: float | None = None
@@ -441,6 +451,14 @@ class PendingCall:
         except ShipError:  # too large for this link, which is as good as before
             self.session._give_back(self.link)
             raise
+        return self._until_result(on_event, timeout, stops)
+
+    def follow(self, on_event: OnEvent, stops: Stops) -> Result:
+        """Return the result of a call that was submitted before, by whomever; see `Session.follow`."""
+        self.link.send(Packed({"verb": "events", "id": self.id, "after": 0}))
+        return self._until_result(on_event, None, stops)
+
+    def _until_result(self, on_event: OnEvent, timeout: float | None, stops: Stops) -> Result:
         limit = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
@@ -529,6 +547,10 @@ class PendingCall:
                 raise EOFError  # another worker answers there: this call's own is gone
             self._submit(head["modules"], all_blobs=True)
             return None
+        if event == "unknown" and self.is_followed:
+            raise WorkerError(
+                f"The worker knows no call {self.id!r}: it has ended and was read, or ran on another one."
+            )
         if event == "unknown":
             self._submit()  # it was lost on the way; the id makes sure that it runs once
             return None

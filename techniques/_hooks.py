@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -129,12 +129,45 @@ def _recorder(
         change = _seen(point, found, keep)
         return Placement(site.module, False, lambda output: change(_pattern(output)))
     if heads is not None:
-        return _placement(site, _seen_heads(heads, _seen(point, found, keep)))
+        placement = _placement(site, _seen_heads(heads, _seen(point, found, keep)))
+        if keep is None and point.site == "z" and heads.groups == 1:
+            return placement._replace(function=_note_heads(point, found, heads, cast(Before, placement.function)))
+        return placement
+    if keep is None and not (point.site == "mlp_out" and layer.mid is None):
+        note = _note_input(point, found) if site.is_input else _note_output(point, found)
+        return Placement(site.module, site.is_input, note)
     if point.site == "mlp_out" and layer.mid is None:
         see = _seen(point, found, keep)
         # Falcon adds attention's output to it in place.
         return _placement(site, lambda raw: raw.clone() if see(raw) is None else None)
     return _placement(site, _seen(point, found, keep))
+
+
+def _note_input(point: HookPoint, found: dict[HookPoint, Tensor]) -> Before:
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[point] = args[0] if args else kwargs["hidden_states"]
+
+    return before
+
+
+def _note_heads(point: HookPoint, found: dict[HookPoint, Tensor], heads: Heads, with_grad: Before) -> Before:
+    n_heads, d_head = heads.stop, heads.d_head
+
+    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raw: Tensor = args[0] if args else kwargs["hidden_states"]
+        if raw.requires_grad:
+            return with_grad(args, kwargs)
+        found[point] = torch.unflatten(raw, -1, (n_heads, d_head))
+        return None
+
+    return before
+
+
+def _note_output(point: HookPoint, found: dict[HookPoint, Tensor]) -> After:
+    def after(output: Any) -> None:
+        found[point] = output[0] if type(output) is tuple else output
+
+    return after
 
 
 def _seen(point: HookPoint, found: dict[HookPoint, Tensor], keep: Change | None) -> Look:

@@ -57,7 +57,8 @@ class Variant:
     patches: Sequence[Patch]
 
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Metric = Callable[[Float[Tensor, "variants d_vocab"], Int[Tensor, " variants"]], Tensor]
 
 

@@ -43,9 +43,12 @@ def _tap(module: nn.Module) -> _Tap:
     forward = module.forward
 
     def tapped(*args: Any, **kwargs: Any) -> Any:
-        for see in before:
-            if (changed := see(args, kwargs)) is not None:
-                args, kwargs = changed
+        if before:
+            for see in before:
+                if (changed := see(args, kwargs)) is not None:
+                    args, kwargs = changed
+            if not after:
+                return forward(*args, **kwargs)
         output = forward(*args, **kwargs)
         for look in after:
             if (new := look(output)) is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from interp_kernel import InterpClient
-from interp_kernel.errors import CallTimeoutError, RemoteError, ShipError, SpecError, TechniqueError
+from interp_kernel.errors import CallTimeoutError, RemoteError, ShipError, SpecError, TechniqueError, WorkerError
 from interp_kernel.session import RemoteValue
 from tests.helpers_worker import DEMO, press_stop, wait_until
 
@@ -203,6 +203,39 @@ def test_a_job_can_be_cancelled_running_or_queued(client: InterpClient) -> None:
         assert repr(job) == "<Job failed>"
     assert not running.cancel()
     assert client.run(lambda model, tokenizer: 1) == 1
+
+
+def test_a_job_of_a_killed_process_is_found_by_its_id(client: InterpClient, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    code = f"""if True:
+        import time
+        from pathlib import Path
+        from interp_kernel import InterpClient
+        def wait(model, tokenizer):
+            import os, time
+            print("waiting", flush=True)
+            while not os.path.exists({str(gate)!r}):
+                time.sleep(0.005)
+            return "done"
+        client = InterpClient(model_name="demo")
+        job = client.submit(wait)
+        while not job.events:
+            time.sleep(0.005)
+        print(job.id, flush=True)
+        time.sleep(600)
+    """
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None
+        call_id = killed.stdout.readline().strip()
+        killed.kill()
+    job = client.job(call_id)
+    wait_until(lambda: job.events)
+    assert not job.done()
+    gate.touch()
+    assert job.result(30) == "done"
+    assert "".join(e["text"] for e in job.events if e["event"] == "stream") == "waiting\n"
+    with pytest.raises(WorkerError, match=rf"The worker knows no call '{call_id}x'"):
+        client.job(f"{call_id}x").result(30)
 
 
 def test_interrupt_stops_the_call_that_runs(client: InterpClient) -> None:
