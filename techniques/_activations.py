@@ -15,7 +15,7 @@ from techniques._batches import in_batches
 from techniques._hooks import HookPoint, check_sites, hook_point, record, run
 from techniques._model import find_decoder
 from techniques._pairs import span_positions
-from techniques._tokens import check_context, encode, pad, resolve_position, token_text
+from techniques._tokens import check_context, check_lists, encode, pad, resolve_position, token_text
 
 MAX_TOKENS = 8192  # of a batch, padding included
 
@@ -71,7 +71,10 @@ def points_of(model: PreTrainedModel, site: str, layers: Layers) -> list[HookPoi
     chosen = list(range(n_layers)) if layers == "all" else layers
     if isinstance(chosen, str) or not chosen or not all(0 <= layer < n_layers for layer in chosen):
         raise ValueError(f'layers is {layers!r}; expected "all" or some of 0 to {n_layers - 1}, the model\'s layers.')
-    points = [hook_point(site, layer) for layer in chosen]
+    full = site.startswith("blocks.") and layers == "all"  # a full name has its own layer
+    points = [hook_point(site)] if full else [hook_point(site, layer) for layer in chosen]
+    if not 0 <= points[0].layer < n_layers:
+        raise ValueError(f"site is {site!r}; expected a layer of 0 to {n_layers - 1}, the model's layers.")
     if points[0].site == "pattern":
         raise ValueError(
             "The site is 'pattern', which holds weights between tokens; expected a site that has a vector per token, "
@@ -89,8 +92,7 @@ def read_at(
         ValueError: The model is in train mode, a text is empty or too long, or a position is not in its text.
     """
     check_sites(model)
-    if isinstance(texts, str):
-        raise ValueError(f"texts is the string {texts!r}; expected a list of texts. Put it in a list.")
+    check_lists(texts=texts)
     ids = encode(tokenizer, texts)
     check_context(model, ids)
     chosen = [position] * len(texts) if isinstance(position, int | str) else list(position)

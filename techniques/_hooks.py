@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from techniques._model import SITES, Decoder, Heads, Layer, Site, UnsupportedModelError, find_decoder
 from techniques._taps import After, Before, Placement, placed
-from techniques._tokens import Batch, check_finite
+from techniques._tokens import Batch, check_eval, check_finite
 
 Change = Callable[[Tensor], Tensor]
 Look = Callable[[Tensor], Tensor | None]
@@ -67,6 +67,21 @@ def hook_point(name: str, layer: int | None = None) -> HookPoint:
         f"The site {name!r} is not known; expected one of {', '.join(SITES)}, or a full name such as "
         f"{', '.join(str(HookPoint(site, 0)) for site in ('resid_pre', 'z', 'mlp_post'))}."
     )
+
+
+def points_in(decoder: Decoder, sites: Iterable[str]) -> list[HookPoint]:
+    """Points of each site in all layers, or in the one layer that its full name has.
+
+    Raises:
+        ValueError: A name is not known, or its layer does not exist.
+        UnsupportedModelError: A layer has no such site.
+    """
+    layers = range(decoder.n_layers)
+    by_site = [[hook_point(s)] if s.startswith("blocks.") else [HookPoint(s, i) for i in layers] for s in sites]
+    points = [hook_point(point.site, point.layer) for points in by_site for point in points]
+    for point in points:
+        find_site(decoder, point)
+    return points
 
 
 def find_site(decoder: Decoder, point: HookPoint) -> tuple[Layer, Site]:
@@ -425,12 +440,11 @@ def check_sites(model: PreTrainedModel) -> Decoder:
         The model's parts.
 
     Raises:
-        ValueError: The model is in train mode, or its logits are not finite.
+        ValueError: A part of the model is in train mode, or its logits are not finite.
         UnsupportedModelError: The model is built in another way.
     """
     decoder = find_decoder(model)
-    if model.training:
-        raise ValueError(f"{type(model).__name__} is in train mode, so dropout is random. Call model.eval() first.")
+    check_eval(model)
     if _proven.get(model) is not decoder:
         _prove(model, decoder)
         _proven[model] = decoder

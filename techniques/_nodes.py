@@ -114,7 +114,9 @@ def frozen_norm(
     error = torch.inf
     for is_centred in (False, True):
         x = (wide - wide.mean(-1, keepdim=True) if is_centred else wide) * gain
-        scale = (x * target).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True)
+        power = x.square().sum(-1, keepdim=True)
+        # Padding beyond a sliding window attends to nothing, so there is nothing to scale.
+        scale = torch.where(power > 0, (x * target).sum(-1, keepdim=True) / power, 0.0)
         found = ((x * scale - target).norm() / outputs.double().norm()).item()
         if found < error:
             best, error = FrozenNorm(gain, offset, scale, is_centred), found

@@ -177,8 +177,8 @@ def encode_pairs(
     reasons = [_unequal(*tokens) for tokens in every.tokens]
     if not any(kept):
         raise ValueError(
-            f"No pair has prompts of equal length; in the first, {reasons[0]}. Choose words of as many tokens, or "
-            'pass align="end" to compare positions counted from the end.'
+            f"No pair has prompts of equal length; in the first, {reasons[0]}. Choose words of as many tokens; "
+            'activation_patching also takes align="end", to compare positions counted from the end.'
         )
     return every.keep(kept, reasons)
 
@@ -412,7 +412,7 @@ def span_positions(tokenizer: PreTrainedTokenizerBase, text: str, span: str) -> 
     if not span.strip() or text.count(span) != 1:
         raise ValueError(
             f"The span {span!r} occurs {text.count(span) if span else 0} times in {text!r}; expected once. "
-            "Give a piece of the clean prompt, long enough to be the only one."
+            "Give a piece of the text, long enough to be the only one."
         )
     if not tokenizer.is_fast:
         raise ValueError(

@@ -278,7 +278,7 @@ class Trainer:
         tokens, features = chosen // pre.shape[1], chosen % pre.shape[1]
         values = pre.flatten()[chosen].relu_()
         if self.kind == "batchtopk":
-            self._floor = FLOOR * values.min().item()
+            self._floor = FLOOR * values.min().item() if len(values) else 0.0
         return Sparse(tokens, features, values / norms[features], pre.shape), None
 
     def _largest(self, pre: Float[Tensor, "batch d_sae"]) -> Int[Tensor, " pairs"]:

@@ -42,6 +42,13 @@ class Batch:
     attention_mask: Int[Tensor, "batch pos"]
 
 
+def check_lists(**lists: object) -> None:
+    """Raise a ValueError if a string was given for a list of strings, as it would be read letter by letter."""
+    for name, given in lists.items():
+        if isinstance(given, str):
+            raise ValueError(f"{name} is the string {given!r}; expected a list of strings. Put it in a list.")
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, with the special tokens that the tokenizer adds by default.
 

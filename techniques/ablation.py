@@ -24,7 +24,7 @@ from techniques._pairs import METRICS, encode_pairs, pair_metrics
 from techniques._results import Header, header, number
 from techniques._stats import N_BOOT, mean_interval
 from techniques._sweep import Patch, Variant
-from techniques._tokens import check_context, encode, pad
+from techniques._tokens import check_context, check_lists, encode, pad
 from techniques._variants import variant_metrics
 
 Component = str | tuple[str | int, ...]
@@ -154,6 +154,7 @@ def ablate(
         ablate(model, tokenizer, prompts, answers, ["a0.h0", "m1"])["rows"][0]["logit_diff"]
         ```
     """
+    check_lists(prompts=prompts, components=components, reference_prompts=reference_prompts)
     nodes = [parse_component(find_decoder(model), name) for name in components]
     if not nodes:
         raise ValueError('components is empty; expected at least one, such as "a0.h1" or "m2".')
@@ -211,6 +212,7 @@ def ablate_sweep(
         min(result["rows"], key=lambda row: row["logit_diff"]["change"])
         ```
     """
+    check_lists(prompts=prompts, reference_prompts=reference_prompts)
     given = _Given(prompts, answers, mode, reference_prompts, n_draws, seed, n_boot)
     nodes = parse_components(find_decoder(model), components)
     return _ablation(model, tokenizer, "ablate_sweep", given, [[node] for node in nodes])
@@ -229,6 +231,13 @@ class _Given:
     n_boot: int
 
     def check(self) -> None:
+        if not self.prompts:
+            raise ValueError("prompts is empty; expected at least one prompt.")
+        if len(self.answers) != len(self.prompts) or any(isinstance(a, str) or len(a) != 2 for a in self.answers):
+            raise ValueError(
+                f"answers is {self.answers!r} for {len(self.prompts)} prompts; expected one (right answer, wrong "
+                "answer) for each."
+            )
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; expected one of {', '.join(MODES)}.")
         if self.mode == "zero" and self.reference_prompts is not None:

@@ -20,7 +20,7 @@ from techniques._attention import Score, choose, score
 from techniques._batches import in_batches
 from techniques._hooks import HookPoint, check_sites, record, run
 from techniques._results import ArrayFile, Header, header, number, numbers, save_arrays
-from techniques._tokens import check_context, encode, pad, single_token_id, token_text
+from techniques._tokens import check_context, check_lists, encode, pad, single_token_id, token_text
 
 MAX_NUMBERS = 100_000  # of patterns in one result; more go to a file
 MAX_TOKENS = 4096  # of a batch whose patterns are computed
@@ -137,6 +137,8 @@ def attention_patterns(
         attention_patterns(model, tokenizer, " river stone cloud metal river stone cloud metal", layers=[0, 1])
     """
     decoder = check_sites(model)
+    if not isinstance(text, str):
+        raise ValueError(f"text is {text!r}; expected one string. Call attention_patterns once for each text.")
     ids = encode(tokenizer, [text])
     check_context(model, ids)
     which = choose("layer", layers, decoder.n_layers)
@@ -231,6 +233,7 @@ def head_scores(
         words = "river stone cloud metal paper candle mirror bottle ladder hammer window tiger rabbit castle".split()
         head_scores(model, tokenizer, seq_len=12, words=[f" {word}" for word in words])
     """
+    check_lists(words=words)
     decoder = check_sites(model)
     if seq_len < 2 or n < 1:
         raise ValueError(f"seq_len is {seq_len} and n is {n}; expected at least 2 tokens and at least 1 sequence.")

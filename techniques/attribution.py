@@ -28,7 +28,7 @@ from techniques._contrast import (
     frozen,
     sample_of,
 )
-from techniques._hooks import HookPoint, check_sites, edit, find_site, hook_point, record
+from techniques._hooks import HookPoint, check_sites, edit, points_in, record
 from techniques._model import SITES, Decoder
 from techniques._pairs import (
     Column,
@@ -143,7 +143,8 @@ def attribution_patching(
         tokenizer: Its tokenizer; it adds special tokens as it does by default.
         pairs: (clean prompt, corrupted prompt), of equal length in tokens; others are left out.
         answers: (right answer, wrong answer) after the clean prompt, a token each, with their leading space.
-        sites: Hook points, in all layers: of z, q, k and v each head is a component, of the others the whole vector.
+        sites: Hook points, in all layers, or by full names, as blocks.3.attn.hook_z, in theirs: of z, q, k and v each
+            head is a component, of the others the whole vector.
         by_position: A row per position instead of the sum over positions. Prompts of several lengths are counted from
             the end.
         direction: "denoise" puts clean activations into the corrupted run (positive scores restore the answer), "noise"
@@ -204,7 +205,7 @@ def attribution_patching(
 
 
 def _points(decoder: Decoder, sites: Sequence[str]) -> list[HookPoint]:
-    """Each site in all layers."""
+    """Each site in all layers, or in that of its full name."""
     if isinstance(sites, str) or not sites:
         raise ValueError(f"sites is {sites!r}; expected a list of hook points, as ['z', 'mlp_out'].")
     if "pattern" in sites:
@@ -212,10 +213,7 @@ def _points(decoder: Decoder, sites: Sequence[str]) -> list[HookPoint]:
             "The site 'pattern' holds a value per pair of positions; expected a site with a vector per position: "
             f"{', '.join(site for site in SITES if site != 'pattern')}."
         )
-    points = [hook_point(site, layer) for site in sites for layer in range(decoder.n_layers)]
-    for point in points:
-        find_site(decoder, point)
-    return points
+    return points_in(decoder, sites)
 
 
 def _components(decoder: Decoder, points: list[HookPoint]) -> list[_Component]:

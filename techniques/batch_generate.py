@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from techniques._batches import in_batches
 from techniques._generation import Completion, Continuation, check_options, continue_tokens, prompt_ids
 from techniques._results import Header, header
-from techniques._tokens import check_context
+from techniques._tokens import check_context, check_lists
 
 
 class GeneratedBatch(Header):
@@ -73,6 +73,7 @@ def batch_generate(
         prompts = [f"The {landmark} is located in the city of" for landmark in landmarks]
         batch_generate(model, tokenizer, prompts, max_new_tokens=2)
     """
+    check_lists(prompts=prompts)
     check_options(max_new_tokens, temperature)
     if max_batch_tokens < 1:
         raise ValueError(f"max_batch_tokens is {max_batch_tokens}; expected at least 1.")

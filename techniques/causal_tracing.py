@@ -22,7 +22,7 @@ from techniques._pairs import span_positions
 from techniques._results import Header, header, number
 from techniques._stats import N_BOOT, mean_interval
 from techniques._sweep import Patch, Variant
-from techniques._tokens import Batch, check_context, encode, pad, single_token_id, token_text
+from techniques._tokens import Batch, check_context, check_lists, encode, pad, single_token_id, token_text
 from techniques._variants import variant_metrics
 
 SITES = ("resid_post", "attn_out", "mlp_out")
@@ -161,6 +161,7 @@ def causal_tracing(
         max(result["rows"], key=lambda row: row["effect"])
         ```
     """
+    check_lists(prompts=prompts, subjects=subjects, answers=answers, sites=sites)
     decoder = check_sites(model)
     width = _check_options(decoder, sites, noise, n_draws, window)
     every = _encode(model, tokenizer, prompts, subjects, answers)

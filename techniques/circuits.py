@@ -8,7 +8,7 @@ mechanistic interpretability benchmark" (2025), https://arxiv.org/abs/2504.13151
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 import torch
@@ -33,6 +33,7 @@ from techniques._hooks import check_sites
 from techniques._nodes import layer_nodes, parse_node
 from techniques._pairs import ExcludedPair, encode_pairs
 from techniques._results import Header, header, number
+from techniques._tokens import check_lists
 from techniques.eap import EdgeAttribution
 
 MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -181,6 +182,7 @@ def evaluate_circuit(
         circuit = ["m0", "a1.h1", "m3", "a2.h2", "a3.h1", "a3.h0", "m2", "a3.h2", "a2.h1", "a2.h0"]
         evaluate_circuit(model, tokenizer, circuit, pairs, answers)
     """
+    check_lists(circuit=circuit)
     if n_random < 0:
         raise ValueError(f"n_random is {n_random}; expected 0 or more.")
     parts = _parts(model, circuit)
@@ -355,11 +357,9 @@ class GraphEdge(TypedDict):
     weight: float
 
 
-class CircuitGraph(TypedDict):
+class CircuitGraph(Header):
     """What `circuit_graph` returns; edges in the order in which they were chosen."""
 
-    technique: str
-    version: int
     nodes: list[GraphNode]
     edges: list[GraphEdge]
 
@@ -378,8 +378,11 @@ def circuit_graph(scores: EdgeAttribution, k: int = 30) -> CircuitGraph:
         Nodes from the embedding to the output, and edges.
 
     Raises:
-        ValueError: k is not positive.
+        ValueError: k is not positive, or the scores are no result of `eap`.
     """
+    if not isinstance(scores, Mapping) or scores.get("technique") != "eap":
+        found = scores.get("technique") if isinstance(scores, Mapping) else scores
+        raise ValueError(f"The scores are of {found!r}; expected the result of eap.")
     if k < 1:
         raise ValueError(f"k is {k}; expected 1 or more edges.")
     heads = _query_heads(scores)
@@ -409,7 +412,17 @@ def circuit_graph(scores: EdgeAttribution, k: int = 30) -> CircuitGraph:
     ]
     order = {name: i for i, name in enumerate([*scores["senders"], "logits"])}
     nodes = [_graph_node(name) for name in sorted(names, key=lambda name: order[name])]
-    return CircuitGraph(technique="circuit_graph", version=1, nodes=nodes, edges=edges)
+    return CircuitGraph(
+        technique="circuit_graph",
+        version=1,
+        model=scores["model"],
+        dtype=scores["dtype"],
+        n=scores["n"],
+        seed=scores["seed"],
+        warnings=scores["warnings"],
+        nodes=nodes,
+        edges=edges,
+    )
 
 
 def _query_heads(scores: EdgeAttribution) -> dict[str, list[tuple[str, str]]]:

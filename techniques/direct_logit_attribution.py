@@ -23,7 +23,7 @@ from techniques._nodes import frozen_norm, head_outputs
 from techniques._pairs import metric_values
 from techniques._results import Header, header, number
 from techniques._stats import mean_interval
-from techniques._tokens import check_context, encode, pad, single_token_id
+from techniques._tokens import check_context, check_lists, encode, pad, single_token_id
 
 
 class LogitPart(TypedDict):
@@ -113,6 +113,7 @@ def direct_logit_attribution(
         prompts = ["The Eiffel Tower is located in the city of", "The Colosseum is located in the city of"]
         direct_logit_attribution(model, tokenizer, prompts, [(" Paris", " Rome"), (" Rome", " Paris")])
     """
+    check_lists(prompts=prompts)
     if grain not in ("head", "layer"):
         raise ValueError(f'grain is {grain!r}; expected "head" or "layer".')
     if isinstance(prompts, str) or len(answers) != len(prompts) or any(isinstance(pair, str) for pair in answers):

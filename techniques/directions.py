@@ -20,6 +20,7 @@ from techniques._directions import Direction, HeldOut, described, digits, orient
 from techniques._folds import Scale, group_folds, merged_groups
 from techniques._logistic import fit_logistic
 from techniques._results import Header, header, number, numbers
+from techniques._tokens import check_lists
 
 DirectionMethod = Literal["mean", "probe", "pca"]
 METHODS = ("mean", "probe", "pca")
@@ -146,6 +147,7 @@ def concept_direction(
         )
         concept_direction(model, tokenizer, experts, novices, layer=2, classes=("expert", "novice"))
     """
+    check_lists(positive=positive, negative=negative)
     if method not in METHODS:
         raise ValueError(f"The method {method!r} is not known; expected one of {', '.join(METHODS)}.")
     reading = read_at(model, tokenizer, [*positive, *negative], position)
@@ -213,6 +215,7 @@ def project(
         found = concept_direction(model, tokenizer, experts, novices, layer=2, classes=("expert", "novice"))
         project(model, tokenizer, [experts[0], novices[0], corpus.persona_prompt(None, corpus.QUESTIONS[0])], found)
     """
+    check_lists(texts=texts)
     reading = read_at(model, tokenizer, texts, position)
     point = points_of(model, direction["site"], [direction["layer"]])[0]
     found = activations_at(model, reading, [point]).flatten(2)[:, 0]

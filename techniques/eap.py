@@ -151,7 +151,12 @@ def eap(
         prompt = "When Mary and John went to the store, {} gave a drink to"
         pairs = [(prompt.format("John"), prompt.format("Tom")), (prompt.format("Mary"), prompt.format("Tom"))]
         answers = [(" Mary", " John"), (" John", " Mary")]
-        eap(model, tokenizer, pairs, answers, top_k=30)
+        scores = eap(model, tokenizer, pairs, answers, top_k=30)
+        # The circuit that grows from the output along these edges, as a drawing; no model is needed for it.
+        from techniques.circuits import circuit_graph
+        from techniques.plots import plot
+
+        plot(circuit_graph(scores, k=20))
     """
     graph = graph_of(check_sites(model))
     _check_options(method, steps, top_k, verify)

@@ -22,7 +22,7 @@ from techniques._results import Header, header, number, numbers
 from techniques._sae import SAE
 from techniques._sae_data import MAX_TOKENS, Corpus, activations, locate, read_corpus
 from techniques._stats import N_BOOT
-from techniques._tokens import Batch, check_finite, log_probs, pad
+from techniques._tokens import Batch, check_finite, check_lists, log_probs, pad
 
 # Of float32 logits that one forward pass may give; a few tensors of this size are alive. On a CPU, fresh pages for more
 # of them cost several times the forward pass.
@@ -148,6 +148,7 @@ def evaluate_sae(
         evaluate_sae(model, tokenizer, trained["path"], texts[300:])
         ```
     """
+    check_lists(texts=texts)
     sae, point = locate(model, sae)
     corpus = read_corpus(model, tokenizer, texts)
     sums, moments, density = _reconstruct(model, corpus, point, sae)

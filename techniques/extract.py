@@ -24,7 +24,8 @@ class Activations(Header):
         layers: The layers, in the order of the columns of the array.
         texts: Where each text was read, in the order of the rows.
         shape: [texts, layers, ...size of the site].
-        activations: The array, float32 on the CPU; None where it was saved.
+        activations: The array as a torch tensor, float32 on the CPU; None where it was saved. Alone among the results
+            of techniques it is no JSON: give `save` where the result has to be.
         file: The array in a file, under the name "activations"; None where it was not saved.
     """
 
@@ -53,13 +54,14 @@ def extract(
         model: A decoder-only Hugging Face model in eval mode, on any devices, in any dtype, PEFT adapters included.
         tokenizer: Its tokenizer; it adds special tokens as it does by default.
         texts: The texts, of any lengths.
-        layers: Layers from 0, in any order, or "all".
-        site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v, mlp_pre or mlp_post.
+        layers: Layers from 0, in any order, or "all", which is the one layer of a `site` that has it in its full name.
+        site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v, mlp_pre or mlp_post; or a full
+            name, as blocks.3.attn.hook_z.
         position: Which token to read. "last"; "mean", over all tokens; an index, negative from the end; any other text
             is sought in each of the texts and read at its last token. A list gives one index, text or (start, stop) per
             text; a range is averaged.
         max_tokens: Most tokens of one batch; texts of like length share one.
-        save: A safetensors file to write the array to, instead of returning it.
+        save: A safetensors file to write the array to, instead of returning it. Only with it is the result JSON-able.
 
     Returns:
         One row per text and one column per layer, in float32 on the CPU, whatever the model's dtype.

@@ -20,7 +20,7 @@ from techniques._lens import Points, run_points
 from techniques._model import find_decoder
 from techniques._results import Header, header, number, numbers
 from techniques._stats import mean_interval
-from techniques._tokens import answer_ids, check_context, check_eval, encode, token_text
+from techniques._tokens import answer_ids, check_context, check_eval, check_lists, encode, token_text
 
 STABLE = 0.1  # a curve is stable once it stays this close to its last value, as a share of that value
 CLOSE_CALL = 0.5  # nats; below this at the last depth, the model hardly prefers either answer
@@ -139,6 +139,7 @@ def logit_diff_lens(
         answers = [(" Paris", " Rome")] * 2 + [(" Rome", " Paris")] * 2
         logit_diff_lens(model, tokenizer, prompts, answers)
     """
+    check_lists(baseline_prompts=baseline_prompts)
     check_eval(model)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     baselines = list(baseline_prompts or [])

@@ -22,6 +22,7 @@ from techniques._tokens import (
     check_context,
     check_eval,
     check_finite,
+    check_lists,
     check_top_k,
     chosen_tokens,
     encode,
@@ -123,6 +124,7 @@ def logit_lens(
         prompt = "The Eiffel Tower is located in the city of"
         logit_lens(model, tokenizer, prompt, targets=[" Paris", " Rome"])
     """
+    check_lists(targets=targets)
     check_eval(model)
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     ids = encode(tokenizer, texts)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from techniques._hooks import HookPoint, check_sites, record, run
+from techniques._hooks import HookPoint, check_sites, hook_point, points_in, record, run
 from techniques._model import Decoder
 from techniques._pairs import (
     CHUNK_ROWS,
@@ -157,7 +157,7 @@ def activation_patching(
             belongs to the clean prompt, the wrong one usually to the corrupted prompt.
         sites: For the grains "position" and "layer": some of resid_pre, resid_mid, resid_post, attn_out, mlp_out,
             mlp_pre, mlp_post; default resid_pre, attn_out, mlp_out. For the head grains: z, q, k, v, pattern;
-            default z.
+            default z. A full name, as blocks.3.attn.hook_z, stands for its layer alone.
         grain: "position": each layer and position. "layer": each layer, all positions at once. "head": each head, all
             positions at once. "head_position": each head at each position.
         direction: "denoise" patches clean activations into the corrupted run, "noise" corrupted ones into the clean
@@ -198,7 +198,8 @@ def activation_patching(
         ```
     """
     decoder = check_sites(model)
-    chosen = _check_options(sites, grain, direction, metrics)
+    points = points_in(decoder, _check_options(sites, grain, direction, metrics))
+    chosen = list(dict.fromkeys(point.site for point in points))
     encoded = encode_pairs(model, tokenizer, pairs, answers, align)
     if "pattern" in chosen and _has_unequal(encoded):
         raise ValueError(
@@ -207,7 +208,7 @@ def activation_patching(
         )
     encoded, baselines = with_gap(model, encoded, min_gap)
     columns = _columns(tokenizer, encoded, grain, spans, len(pairs))
-    cells = _cells(decoder, chosen, grain, len(columns))
+    cells = _cells(decoder, points, grain, len(columns))
     patched = _patched_metrics(model, encoded, cells, columns, direction, metrics)
     rows = [
         row
@@ -218,7 +219,7 @@ def activation_patching(
         **header(model, "activation_patching", n=len(encoded), seed=seed, warnings=_warnings(encoded, chosen, grain)),
         direction=direction,
         grain=grain,
-        sites=list(chosen),
+        sites=chosen,
         align=align,
         n_layers=decoder.n_layers,
         n_heads=decoder.n_heads,
@@ -242,7 +243,8 @@ def _check_options(sites: Sequence[str] | None, grain: str, direction: str, metr
     chosen: tuple[str, ...] = ("z",) if by_head else ("resid_pre", "attn_out", "mlp_out")
     if sites is not None:
         chosen = tuple(sites)
-    if not chosen or isinstance(sites, str) or not set(chosen) <= set(known):
+    names = {hook_point(site).site if site.startswith("blocks.") else site for site in chosen}
+    if not chosen or isinstance(sites, str) or not names <= set(known):
         raise ValueError(f"sites is {sites!r}; expected a list of some of {', '.join(known)} for the grain {grain!r}.")
     return chosen
 
@@ -264,13 +266,12 @@ def _columns(
     return position_columns(pairs) if spans is None else span_columns(tokenizer, pairs, spans, n_given)
 
 
-def _cells(decoder: Decoder, sites: Sequence[str], grain: str, n_columns: int) -> list[_Cell]:
+def _cells(decoder: Decoder, points: Sequence[HookPoint], grain: str, n_columns: int) -> list[_Cell]:
     columns = range(n_columns) if n_columns else [None]
     return [
-        _Cell(HookPoint(site, layer), head, column)
-        for site in sites
-        for layer in range(decoder.n_layers)
-        for head in (_heads(decoder, site) if grain.startswith("head") else [None])
+        _Cell(point, head, column)
+        for point in points
+        for head in (_heads(decoder, point.site) if grain.startswith("head") else [None])
         for column in columns
     ]
 

@@ -16,7 +16,7 @@ from techniques._activations import Layers, Reading, activations_at, points_of
 from techniques._directions import Direction, HeldOut, described, oriented
 from techniques._generation import Continuation, continue_tokens
 from techniques._results import Header, header
-from techniques._tokens import chat_ids
+from techniques._tokens import chat_ids, check_lists
 
 
 class PersonaResponse(TypedDict):
@@ -115,6 +115,7 @@ def persona_vector(
         questions = [question.text for question in corpus.QUESTIONS[:4]]
         persona_vector(model, tokenizer, experts, novices, questions, classes=("expert", "novice"))
     """
+    check_lists(positive_systems=positive_systems, negative_systems=negative_systems, questions=questions)
     _check_options(positive_systems, negative_systems, questions, rollouts, temperature)
     points = points_of(model, site, layers)
     asked = [

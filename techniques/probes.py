@@ -46,6 +46,7 @@ from techniques._probing import (
 )
 from techniques._results import Header, header, number
 from techniques._stats import N_BOOT, permutation_p, resamples
+from techniques._tokens import check_lists
 
 N_CONTROLS = 5  # random labellings of the control task
 TELLING = 0.9  # balanced accuracy of a single token from which a warning is given
@@ -177,6 +178,7 @@ def linear_probe(
         labels, personas = [k for k, _, _ in said], [p for _, p, _ in said]
         linear_probe(model, tokenizer, texts, labels, personas, site="resid_pre", position=questions)
     """
+    check_lists(texts=texts)
     options = Options(method, c, n_folds, n_permutations, n_boot, seed)
     options.check()
     reading = read_at(model, tokenizer, texts, position)
@@ -309,6 +311,7 @@ def probe_transfer(
         labels, topics = [k for k, _, _ in said], [q.topic for _, _, q in said]
         probe_transfer(model, tokenizer, texts, labels, topics, layer=0, position=questions)
     """
+    check_lists(texts=texts)
     options = Options(method, c, n_folds, 0, n_boot, seed)
     options.check()
     reading = read_at(model, tokenizer, texts, position)

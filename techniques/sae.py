@@ -25,6 +25,7 @@ from techniques._results import ArrayFile, Header, header, number
 from techniques._sae import SAE, load_sae, save_sae
 from techniques._sae_data import file_pass, model_pass, read_corpus, shuffled, write_activations
 from techniques._sae_training import CHOOSING, KINDS, Losses, Trainer, initial_weights
+from techniques._tokens import check_lists
 
 __all__ = ["SAE", "collect_activations", "load_sae", "save_sae", "train_sae"]
 
@@ -151,6 +152,7 @@ def collect_activations(
         collect_activations(model, tokenizer, texts, mkdtemp() + "/activations.safetensors", layer=1)
         ```
     """
+    check_lists(texts=texts)
     point = _point(model, site, layer)
     corpus = read_corpus(model, tokenizer, texts)
     file = write_activations(path, model, corpus, point)
@@ -212,8 +214,8 @@ def train_sae(
         Where the SAE is and how training went. The same is in the folder as `training.json`.
 
     Raises:
-        ValueError: An option is out of range, no layer is given or a file and a layer are, or what
-            `collect_activations` raises.
+        ValueError: An option is out of range, no layer is given or a file and a layer are, the loss or a weight is no
+            longer finite (nothing is saved then, and an older SAE stays), or what `collect_activations` raises.
         KeyboardInterrupt: Training was stopped; what was trained so far has been saved, with a warning in
             `training.json`.
 
@@ -236,6 +238,7 @@ def train_sae(
         train_sae(model, tokenizer, texts, mkdtemp(), **options)
         ```
     """
+    check_lists(data=data)
     _check_options(kind, d_sae, k, steps, batch_size)
     generator = torch.Generator().manual_seed(seed)
     point, one_pass = _source(model, tokenizer, data, layer, site, generator)
@@ -248,8 +251,10 @@ def train_sae(
     rate = 2e-4 * math.sqrt(2**14 / d_sae) if learning_rate is None else learning_rate
     log, stop = _loop(trainer, (batch * scale for batch in batches), steps, rate, sparsity_coefficient)
 
-    folder = save_sae(_finished(trainer, scale, _metadata(model, point, kind, len(log))), path)
-    warnings = [] if stop is None else [f"Training was stopped after {len(log)} of {steps} steps."]
+    sae = _check_weights(_finished(trainer, scale, _metadata(model, point, kind, len(log))))
+    curve = _curve(log, scale**2 * sample.var(0, correction=0).sum().item())
+    warnings = _training_warnings(curve, len(log), steps)
+    folder = save_sae(sae, path)
     result = TrainedSAE(
         **header(model, "train_sae", n=len(log) * batch_size, seed=seed, warnings=warnings),
         path=str(folder),
@@ -264,7 +269,7 @@ def train_sae(
         sparsity_coefficient=0.0 if kind in CHOOSING else sparsity_coefficient,
         scale=number(scale),
         dead_window=window,
-        curve=_curve(log, scale**2 * sample.var(0, correction=0).sum().item()),
+        curve=curve,
     )
     (folder / LOG).write_text(json.dumps(result, indent=1), encoding="utf-8")
     if stop is not None:
@@ -322,12 +327,42 @@ def _loop(
             warm = min(1.0, (step + 1) / max(1, WARM_UP * steps))
             down = min(1.0, (steps - step) / max(1, DECAY * steps))
             losses = trainer.step(next(batches), rate * warm * down, coefficient * warm)
+            _check_finite(losses, step, rate)
             log.append((losses, int(trainer.dead.sum())))
     except KeyboardInterrupt as stop:
         if not log:
             raise
         return log, stop
     return log, None
+
+
+def _check_finite(losses: Losses, step: int, rate: float) -> None:
+    if not all(map(math.isfinite, losses)):
+        raise ValueError(
+            f"The loss at step {step + 1} is not finite with learning_rate {rate:.3g}; expected numbers. Nothing was "
+            "saved. Lower learning_rate or sparsity_coefficient."
+        )
+
+
+def _check_weights(sae: SAE) -> SAE:
+    """The SAE, if its last update left only numbers in it."""
+    parts = (sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec, sae.threshold)
+    if not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):
+        raise ValueError(
+            "The trained weights are not all finite; expected numbers. Nothing was saved. Lower learning_rate."
+        )
+    return sae
+
+
+def _training_warnings(curve: Sequence[TrainingPoint], n_steps: int, steps: int) -> list[str]:
+    warnings = [] if n_steps == steps else [f"Training was stopped after {n_steps} of {steps} steps."]
+    explained = curve[-1]["explained_variance"]
+    if explained is not None and explained < 0:
+        warnings.append(
+            f"The SAE explains {explained:.3g} of the variance, less than the mean activation does; expected above 0. "
+            "Lower learning_rate, or train for more steps."
+        )
+    return warnings
 
 
 def _finished(trainer: Trainer, scale: float, metadata: dict[str, Any]) -> SAE:

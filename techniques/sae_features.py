@@ -21,7 +21,7 @@ from techniques._model import find_decoder
 from techniques._results import Header, header, number, numbers
 from techniques._sae import SAE
 from techniques._sae_data import MAX_TOKENS, Corpus, activations, locate, read_corpus
-from techniques._tokens import pad, single_token_id, token_text
+from techniques._tokens import check_lists, pad, single_token_id, token_text
 
 BINS = 20  # of the histogram of a feature's activations
 BEFORE, AFTER = 12, 4  # tokens shown around an example's strongest one
@@ -182,6 +182,7 @@ def feature_report(
         feature_report(model, tokenizer, trained["path"], texts[300:], labels={"persona": "PERSONA"})
         ```
     """
+    check_lists(texts=texts)
     sae, point = locate(model, sae)
     corpus = read_corpus(model, tokenizer, texts)
     _check_request(features, labels, sae.d_sae, top_k)

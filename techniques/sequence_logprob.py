@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from techniques._batches import in_batches
 from techniques._model import logits_at
 from techniques._results import Header, header, number
-from techniques._tokens import check_context, check_eval, encode, log_probs, pad, token_text
+from techniques._tokens import check_context, check_eval, check_lists, encode, log_probs, pad, token_text
 
 LOGIT_BYTES = 2**28  # of float32 logits of one batch
 
@@ -106,6 +106,7 @@ def sequence_logprob(
         prompt = "The Eiffel Tower is located in the city of"
         sequence_logprob(model, tokenizer, prompt, [" Paris.", " Rome.", " Zanzibar."])
     """
+    check_lists(completions=completions)
     check_eval(model)
     if normalize not in ("sum", "mean"):
         raise ValueError(f'normalize is {normalize!r}; expected "sum" or "mean".')

@@ -21,7 +21,7 @@ from techniques._model import logits_at
 from techniques._results import Header, header, number
 from techniques._sae import SAE
 from techniques._sae_data import activations, locate, read_corpus
-from techniques._tokens import encode, log_probs, pad
+from techniques._tokens import check_lists, encode, log_probs, pad
 
 
 class SteerRow(TypedDict):
@@ -126,6 +126,7 @@ def steer_feature(
         steer_feature(model, tokenizer, trained["path"], 7, ["The river is", "The cat"], texts[300:], max_new_tokens=8)
         ```
     """
+    check_lists(reference_texts=reference_texts)
     sae, point = locate(model, sae)
     _check_steering(feature, sae.d_sae, coefficients, mode)
     asked = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -36,7 +36,7 @@ from techniques._steering import (
     vector_of,
     with_controls,
 )
-from techniques._tokens import chat_ids, check_context, encode, log_probs, pad, single_token_id
+from techniques._tokens import chat_ids, check_context, check_lists, encode, log_probs, pad, single_token_id
 
 
 class SteeredPrompt(TypedDict):
@@ -169,7 +169,8 @@ def steer_generate(
         model: A Hugging Face model that generates, in eval mode, on any devices, in any dtype.
         tokenizer: Its tokenizer; it needs no pad token and is not changed.
         prompts: One prompt or a list of them.
-        direction: What `concept_direction` or `vector_direction` returned, or a row of `persona_vector`.
+        direction: What `concept_direction` returned, a row of `persona_vector`, or a vector of your own by
+            `techniques.directions.vector_direction`.
         coefficient: How much of it is added; positive steers towards `positive_class`, negative away.
         layer: Layer to add it at; None for the direction's own.
         positions: Tokens to add it at: "all"; "prompt"; "last", of the prompt; "response", from the last token of the
@@ -305,6 +306,7 @@ def steering_sweep(
         neutral = [corpus.persona_prompt(None, question) for question in corpus.QUESTIONS[8:]]
         steering_sweep(model, tokenizer, neutral, found, [-2, -1, 0, 1, 2], [" Therefore"], [" So"])
     """
+    check_lists(targets=targets, against=against)
     check_sites(model)
     check_positions(positions)
     used = _used(directions, layers)

@@ -80,6 +80,7 @@ FIGURES: Mapping[str, Callable[[Any], Figure]] = {
     "attention_patterns": plot_attention_patterns,
     "attribution_patching": plot_attribution_patching,
     "causal_tracing": plot_causal_tracing,
+    "circuit_graph": plot_circuit_graph,
     "concept_direction": plot_concept_direction,
     "direct_logit_attribution": plot_direct_logit_attribution,
     "eap": plot_eap,

@@ -229,8 +229,8 @@ def test_zero_ablation_of_everything_leaves_the_embedding(family: str, make_mode
         ({"reference_prompts": ["a " * 65]}, "has 65 tokens, but the model's context holds 64"),
         ({"prompts": PROMPTS[:1], "answers": ANSWERS[:1], "mode": "mean"}, "The mean over the one prompt 'the cat sat"),
         ({"mode": "mean_position", "reference_prompts": ["a cat"]}, "longest prompt has 6 .* reference prompt 2;"),
-        ({"prompts": [], "answers": []}, r"pairs is \[\]"),
-        ({"answers": [("to", "dog")]}, "for 3 pairs; expected one"),
+        ({"prompts": [], "answers": []}, "prompts is empty; expected at least one"),
+        ({"answers": [("to", "dog")]}, "for 3 prompts; expected one"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str, make_model: Any, tokenizer: Any) -> None:
@@ -257,3 +257,10 @@ def test_model_is_left_as_it_was_after_an_interrupt(make_model: Any, tokenizer: 
     assert not any(
         part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in model.modules()
     )
+
+
+@pytest.mark.parametrize("name", ["prompts", "reference_prompts"])
+def test_a_string_for_the_prompts_is_refused(name: str, make_model: Any, tokenizer: Any) -> None:
+    given: dict[str, Any] = {"prompts": PROMPTS, "answers": ANSWERS, "components": ["m0"], name: "cat"}
+    with pytest.raises(ValueError, match=f"{name} is the string 'cat'; expected a list"):
+        ablate(make_model("gpt2"), tokenizer, **given)

@@ -274,3 +274,9 @@ def test_the_demo_model_s_known_heads(demo: tuple[Any, Any]) -> None:
         assert (scores[1, head]["induction"]["low"] or 0) > 0.8
     others = [row["induction"]["mean"] or 0 for (layer, _), row in scores.items() if layer != 1]
     assert max(others) < 0.3
+
+
+@pytest.mark.parametrize("text", [[TEXT], [""], [], ["the cat " * 60]])
+def test_a_list_of_texts_is_refused(text: Any, make_model: Any, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"text is .*; expected one string"):
+        attention_patterns(make_model("gpt2"), tokenizer, text)

@@ -385,7 +385,7 @@ def test_frozen_norms() -> None:
     ("prompts", "answers", "options", "message"),
     [
         (["the cat"], [], {}, "answers is"),
-        ("the cat", ["mat", "dog"], {}, "answers is"),
+        ("the cat", ["mat", "dog"], {}, "prompts is the string 'the cat'; expected a list"),
         (["the cat"], ["mat"], {}, "one \\(right answer, wrong answer\\) for each"),
         (["the cat"], [("mat", "dog")], {"grain": "neuron"}, "grain is 'neuron'"),
         (["the cat"], [("mat mat", "dog")], {}, "is 2 tokens"),
@@ -397,3 +397,9 @@ def test_bad_input_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         direct_logit_attribution(make_model("gpt2"), tokenizer, prompts, answers, **options)
+
+
+def test_a_full_name_stands_for_its_layer(demo: tuple[Any, Any]) -> None:
+    named = attribution_patching(*demo, PAIRS, ANSWERS, verify=0, sites=["blocks.1.hook_mlp_out"])["rows"]
+    every = attribution_patching(*demo, PAIRS, ANSWERS, verify=0, sites=["mlp_out"])["rows"]
+    assert [row["score"] for row in named] == [row["score"] for row in every if row["layer"] == 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from techniques import eap as eap_module
 from techniques import iterative_pruning as pruning_module
 from techniques.circuits import CircuitEvaluation, circuit_graph
 from techniques.eap import EdgeAttribution
+from techniques.plots import plot
 from techniques.plots.circuits import plot_circuit_graph, plot_evaluate_circuit, plot_iterative_pruning
 from tests.techniques.by_hand import activations, forward
 from tests.techniques.compiled import EDGES, NODES, compiled
@@ -196,7 +197,8 @@ def scores_of(edges: dict[str, float], senders: list[str], receivers: list[str])
         {"edge": edge, "sender": edge.split("->")[0], "receiver": edge.split("->")[1], "score": score}
         for edge, score in edges.items()
     ]
-    return {"senders": senders, "receivers": receivers, "rows": rows}  # type: ignore[typeddict-item]
+    about: Any = {"technique": "eap", "version": 1, "model": "m", "dtype": "float32", "n": 2, "seed": 0, "warnings": []}
+    return cast(EdgeAttribution, {**about, "senders": senders, "receivers": receivers, "rows": rows})
 
 
 def test_a_graph_grows_from_the_output() -> None:
@@ -212,6 +214,10 @@ def test_a_graph_grows_from_the_output() -> None:
     assert len(circuit_graph(scores_of(edges, senders, [*slots, "m0", "logits"]), k=1)["edges"]) == 1
     with pytest.raises(ValueError, match="k is 0; expected 1 or more edges"):
         circuit_graph(scores_of(edges, senders, slots), k=0)
+    assert (graph["technique"], graph["model"], graph["n"], graph["seed"]) == ("circuit_graph", "m", 2, 0)
+    assert plot(graph).data
+    with pytest.raises(ValueError, match="The scores are of 'circuit_graph'; expected the result of eap"):
+        circuit_graph(cast(Any, graph))
 
 
 def test_shared_keys_lead_to_every_head_that_reads_them() -> None:
@@ -288,7 +294,7 @@ def test_an_interrupt_leaves_nothing(technique: str, make_model: Any, tokenizer:
     ("circuit", "options", "message"),
     [
         ([], {}, "circuit is \\[\\]; expected a list of names"),
-        ("m0", {}, "circuit is 'm0'; expected a list"),
+        ("m0", {}, "circuit is the string 'm0'; expected a list"),
         (["m0", "m0"], {}, "names 'm0' twice"),
         (["m0", "a0.h9"], {}, "There is no component 'a0.h9'; expected some of a0.h0, a0.h1, m0"),
         (["m0->a0.h0<q>"], {}, "There is no edge 'm0->a0.h0<q>'"),

@@ -243,3 +243,8 @@ def test_figures_show_the_numbers(demo: Any, found: Any, persona: Any) -> None:
     assert list(plot_project(result).data[0].x) == [row["relative"] for row in result["rows"]]
     own = project(*demo, ["The"], vector_direction(torch.ones(128), layer=1))
     assert list(plot_project(own).data[0].x) == [own["rows"][0]["projection"]]
+
+
+def test_a_string_for_the_texts_is_refused(make_model: Any, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="positive is the string 'cat'; expected a list"):
+        concept_direction(make_model("gpt2"), tokenizer, "cat", "dog", layer=1)

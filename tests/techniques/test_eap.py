@@ -285,3 +285,13 @@ def test_a_contrast_reads_the_first_rows(demo: Any) -> None:
     twice = Batch(batch.input_ids.repeat(2, 1), batch.attention_mask.repeat(2, 1))
     with torch.no_grad():
         torch.testing.assert_close(contrast.logit_diffs(twice, [1, 3]), contrast.logit_diffs(batch, [1, 3]))
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
+def test_padding_beyond_a_sliding_window_takes_no_part(family: str, make_model: Any, tokenizer: Any) -> None:
+    short, long = "the cat sat on", "the cat sat on the mat to the dog"
+    pairs = [(short, short.replace("cat", "dog")), (long, long.replace("cat", "dog"))]
+    answers = [("mat", "dog")] * 2
+    together = eap(make_model(family), tokenizer, pairs, answers, verify=0, min_gap=0.0)
+    assert together["rows"]
+    assert all(row["score"] is not None for row in together["rows"])

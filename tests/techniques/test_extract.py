@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def test_a_file_holds_the_array(make_model: Any, tokenizer: Any, tmp_path: Path)
     model = make_model("gpt2")
     found = extract(model, tokenizer, TEXTS, save=tmp_path / "new" / "acts.safetensors")
     assert found["activations"] is None
+    assert json.loads(json.dumps(found)) == found
     assert found["file"] is not None
     file = Path(found["file"]["path"])
     assert found["file"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -184,3 +186,11 @@ def test_nothing_is_left_behind(make_model: Any, tokenizer: Any) -> None:
     assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.training
+
+
+def test_a_full_name_sets_its_layer(make_model: Any, tokenizer: Any) -> None:
+    model = make_model("gpt2")
+    found = extract(model, tokenizer, TEXTS, site="blocks.1.attn.hook_z")
+    assert (found["site"], found["layers"]) == ("z", [1])
+    with pytest.raises(ValueError, match="expected a layer of 0 to 2"):
+        extract(model, tokenizer, TEXTS, site="blocks.7.attn.hook_z")

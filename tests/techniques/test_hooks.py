@@ -389,6 +389,7 @@ def test_half_precision_quantised_and_offloaded_models(make_model: Any, tmp_path
     quantised = make_model("llama")
     quantise: Any = torch.ao.quantization.quantize_dynamic
     quantise(quantised.model.layers, {nn.Linear}, torch.qint8, inplace=True)
+    quantised.eval()  # the new modules come in train mode
     offloaded = make_model("llama")
     expected = run(offloaded, batch_of(offloaded))
     cpu_offload(offloaded, torch.device("cpu"))
@@ -525,7 +526,7 @@ def test_an_edit_that_never_ran_or_changed_the_shape(make_model: Any) -> None:
 
 
 def test_models_that_no_technique_can_trust(make_model: Any) -> None:
-    with pytest.raises(ValueError, match="LlamaForCausalLM is in train mode, so dropout is random"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is in train mode, in which dropout"):
         check_sites(make_model("llama").train())
     broken = make_model("llama")
     with torch.no_grad():
@@ -582,3 +583,10 @@ def test_a_model_that_does_not_run_its_blocks(make_model: Any) -> None:
     model.forward = lambda **kwargs: None
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM never ran its block 1; expected one run each"):
         run(model, batch_of(model), stop_after=1)
+
+
+def test_a_block_in_train_mode_is_refused(make_model: Any) -> None:
+    model = copy.deepcopy(make_model("llama"))
+    model.model.layers[2].train()
+    with pytest.raises(ValueError, match=r"train mode.*Call model.eval\(\) first"):
+        check_sites(model)

@@ -249,3 +249,8 @@ def test_the_fact_emerges_with_depth(demo: tuple[Any, Any]) -> None:
     assert result["rows"][-1]["top"][0]["token"] == " Paris"
     assert paris[0]["prob"] < 0.1 < 0.9 < paris[-1]["prob"]
     assert result["rows"][-1]["kl_to_final"] == 0 < result["rows"][0]["kl_to_final"]
+
+
+def test_a_string_for_the_targets_is_refused(make_model: Any, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="targets is the string 'cat'; expected a list"):
+        logit_lens(make_model("gpt2"), tokenizer, "the cat", targets="cat")

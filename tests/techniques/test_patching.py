@@ -18,7 +18,7 @@ from interp_kernel.demo_model import corpus
 from techniques import patching
 from techniques._model import UnsupportedModelError
 from techniques.patching import ActivationPatching, PatchRow, activation_patching
-from tests.techniques import by_hand, handmade
+from tests.techniques import by_hand, contrasts, handmade
 from tests.techniques.oracles.record_patching import PAIRS
 
 CLEAN, CORRUPTED = "the cat sat on a mat", "the dog ran on a mat"
@@ -449,3 +449,11 @@ def test_pairs_left_out_are_told(demo: tuple[Any, Any]) -> None:
     assert [left_out["pair"] for left_out in result["excluded"]] == [0, 3]
     assert [pair["pair"] for pair in result["pairs"]] == [1, 2]
     assert result["warnings"] == ["2 pairs were left out; `excluded` says why."]
+
+
+def test_a_full_name_stands_for_its_layer(demo: tuple[Any, Any]) -> None:
+    pairs, answers = contrasts.ioi_pairs(2)
+    named = activation_patching(*demo, pairs, answers, ["blocks.1.attn.hook_z"], "head")
+    every = activation_patching(*demo, pairs, answers, ["z"], "head")
+    assert named["sites"] == ["z"]
+    assert [row["effect"] for row in named["rows"]] == [row["effect"] for row in every["rows"] if row["layer"] == 1]

@@ -387,3 +387,24 @@ def test_evaluation_leaves_no_trace(make_model: Any, tokenizer: Any) -> None:
         assert not part._forward_hooks
         assert not part._forward_pre_hooks
     assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "jumprelu", "relu"])
+def test_weights_that_are_no_numbers_are_not_saved(kind: Any, make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"layer": 1, "d_sae": 32, "k": 4, "batch_size": 16, "kind": kind}
+    train_sae(make_model("gpt2"), tokenizer, TEXTS, tmp_path, steps=2, **options)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"not (all )?finite.*; expected numbers"):
+        train_sae(make_model("gpt2"), tokenizer, TEXTS, tmp_path, steps=20, learning_rate=1e30, **options)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_an_sae_worse_than_the_mean_is_warned_of(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"layer": 1, "d_sae": 32, "k": 4, "batch_size": 16, "steps": 20, "kind": "relu"}
+    result = train_sae(make_model("gpt2"), tokenizer, TEXTS, tmp_path, learning_rate=1.0, **options)
+    assert "less than the mean activation does" in result["warnings"][0]
+
+
+def test_a_string_for_the_texts_is_refused(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data is the string 'the cat'; expected a list"):
+        train_sae(make_model("gpt2"), tokenizer, "the cat", tmp_path, layer=1, d_sae=32)

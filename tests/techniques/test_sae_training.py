@@ -231,3 +231,13 @@ def test_fewer_positive_activations_than_k() -> None:
     pre = torch.full((4, 32), -1.0)
     pre[1, 5] = pre[3, 30] = 2.0
     assert trainer._largest(pre).tolist() == [37, 126]
+
+
+def test_batchtopk_goes_on_where_no_activation_is_positive() -> None:
+    x = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(0))
+    weights = initial_weights(D_SAE, "batchtopk", x.mean(0), torch.Generator().manual_seed(1))
+    trainer = Trainer(weights, "batchtopk", K, WINDOW, 0.0)
+    weights.b_enc -= 100
+    for _ in range(3):
+        losses = trainer.step(x, LEARNING_RATE)
+    assert losses.l0 == 0

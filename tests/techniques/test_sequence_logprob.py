@@ -122,7 +122,7 @@ def test_an_empty_prompt_needs_a_first_token(make_model: Any) -> None:
     ("prompt", "completions", "options", "message"),
     [
         ("the cat", [], {}, r"completions is \[\]; expected a list"),
-        ("the cat", "mat", {}, "completions is 'mat'; expected a list"),
+        ("the cat", "mat", {}, "completions is the string 'mat'; expected a list"),
         ("the cat", [" mat", ""], {}, "The completion '' adds no token to 'the cat'"),
         ("the cat", [" "], {}, "The completion ' ' adds no token to 'the cat'"),
         ("the", ["re on"], {}, "The completion 're on' changes the first token of 'the'"),

@@ -344,7 +344,7 @@ def test_wrong_options_of_steering_are_refused(make_model: Any, tokenizer: Any, 
     [
         ({"coefficients": []}, r"coefficients is \[\], n_draws 5"),
         ({"controls": ("zero",)}, r"controls \['zero'\]; expected"),
-        ({"targets": "cat"}, "targets is 'cat' and against"),
+        ({"targets": "cat"}, "targets is the string 'cat'; expected a list"),
         ({"targets": ["cat dog"]}, "is 2 tokens"),
         ({"against": ["dog"]}, "share a token"),
         ({"directions": []}, "There are 0 directions and layers is None"),
