@@ -35,9 +35,10 @@ COLOURS = 128
 INTRODUCTION = """# Techniques
 
 Plain functions of `(model, tokenizer, ...)` on plain Hugging Face models. Each runs in a script, in a `%%remote` cell,
-or by `client.run(technique, ...)`, leaves the model as it found it, and returns JSON-able data that `techniques.plots`
-draws without a model. Every result carries `technique, version, model, dtype, n, seed, warnings`. The examples run on
-the demo model (`interp_kernel.demo_model.path()`) as they stand; the pictures are theirs.
+or by `client.run(technique, ...)`, leaves the model as it found it, and returns JSON-able data (`extract` only with
+`save=`) that `techniques.plots` draws without a model. Every result carries `technique, version, model, dtype, n, seed,
+warnings`. The examples run on the demo model (`interp_kernel.demo_model.path()`) as they stand; the pictures are
+theirs.
 
 Made from the docstrings by `python -m docs.technique_pages`.
 """

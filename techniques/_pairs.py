@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from techniques._batches import in_batches
 from techniques._hooks import check_sites
 from techniques._model import logits_at
 from techniques._results import number
@@ -20,7 +21,8 @@ from techniques._tokens import Batch, check_context, check_finite, encode, log_p
 Align = Literal["equal", "end"]
 Metric = Literal["logit_diff", "logprob", "rank"]
 METRICS = ("logit_diff", "logprob", "rank")
-CHUNK_ROWS = 64  # prompts that run at once where only their last logits are wanted
+CHUNK_ROWS = 64  # prompts whose activations are kept at once
+MAX_TOKENS = 8192  # of a batch of prompts of which only the last logits are wanted, padding included
 TOKENS_SHOWN = 4  # different tokens of a column that a result lists
 
 
@@ -332,16 +334,16 @@ def pair_infos(pairs: Pairs, baselines: Baselines) -> list[PairInfo]:
 
 def pair_metrics(model: PreTrainedModel, ids: list[list[int]], pairs: Pairs) -> Float[Tensor, "n metrics"]:
     """Every metric of METRICS after the last token of each prompt, in float64 on the CPU."""
-    values = []
-    for part in range(0, len(ids), CHUNK_ROWS):
-        rows = slice(part, part + CHUNK_ROWS)
-        batch = pad(ids[rows], "right", 0, model.device)
-        last = last_positions(ids[rows])
-        logits = logits_at(model, batch, torch.arange(len(last)), last)
-        values.append(
-            [metric_values(logits, pairs.answer_ids[rows], pairs.wrong_ids[rows], metric) for metric in METRICS]
-        )
-    return torch.cat([torch.stack(chunk, -1) for chunk in values]).double().cpu()
+
+    def measure(which: list[int]) -> list[Tensor]:
+        rows = [ids[i] for i in which]
+        last = last_positions(rows)
+        logits = logits_at(model, pad(rows, "right", 0, model.device), torch.arange(len(rows)), last)
+        answer_ids, wrong_ids = pairs.answer_ids[which], pairs.wrong_ids[which]
+        values = [metric_values(logits, answer_ids, wrong_ids, metric) for metric in METRICS]
+        return list(torch.stack(values, -1).double().cpu())
+
+    return torch.stack(in_batches([len(row) for row in ids], MAX_TOKENS, measure))
 
 
 # ---------------------------------------------------------------------------------------------- positions

@@ -158,7 +158,7 @@ def test_metrics_of_prompts_are_read_after_their_last_token(
 ) -> None:
     model = make_model("llama")
     pairs = encode_pairs(model, tokenizer, [(CLEAN, SHORT), (SHORT, CLEAN)], [ANSWER, ANSWER], align="end")
-    monkeypatch.setattr(_pairs, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(_pairs, "MAX_TOKENS", 1)
     found = pair_metrics(model, pairs.clean, pairs)
     for row, ids in zip(found, pairs.clean, strict=True):
         with torch.inference_mode():
@@ -201,3 +201,19 @@ def test_recovered_is_a_ratio_of_means_with_a_bootstrap_over_pairs() -> None:
 def test_no_gap_has_no_ratio() -> None:
     mean, low, high = recovered_interval(torch.ones(3, 2), torch.zeros(3), seed=0)
     assert all(part.isnan().all() and part.shape == (2,) for part in (mean, low, high))
+
+
+def test_prompts_that_do_not_fit_together_are_measured_apart(make_model: Any, tokenizer: Any) -> None:
+    model = make_model("llama")
+    pairs = encode_pairs(model, tokenizer, [(CLEAN, CORRUPTED)] * 3, [ANSWER] * 3)
+    whole = pair_metrics(model, pairs.clean, pairs)
+
+    def full(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (args[0] if args else kwargs["hidden_states"]).shape[0] > 1:
+            raise torch.OutOfMemoryError
+
+    hook = model.model.layers[1].register_forward_pre_hook(full, with_kwargs=True)
+    try:
+        torch.testing.assert_close(pair_metrics(model, pairs.clean, pairs), whole)
+    finally:
+        hook.remove()
