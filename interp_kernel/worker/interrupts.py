@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 AGAIN_S = 0.01  # by then the finalizer that swallowed a stop has ended
@@ -24,6 +26,7 @@ class Interrupter:
         """Must be made in the main thread."""
         self._pid = os.getpid()
         self._running: str | None = None
+        self._since = 0.0
         self._target: str | None = None
         self._shields = 0
         self._waiting = False
@@ -32,18 +35,22 @@ class Interrupter:
         self._unraisable, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
 
     def interrupt(self, call_id: str) -> bool:
-        """Stop a call if it is the one that runs now; from any thread."""
+        """Stop a call if it is the one that runs now, and what it has started, as Ctrl-C would; from any thread."""
+        started = list(_processes_since(self._since))
         if self._running != call_id:
             return False
         self._target = call_id
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        for pid in started:  # after the call itself, which may wait for one of them and would go on
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)
         return True
 
     def run(self, call_id: str, code: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         """Run code that `interrupt` may stop; whatever it raises is returned, never raised."""
         value, error = None, None
         try:
-            self._running = call_id
+            self._since, self._running = _uptime(), call_id
             value = code()
         except BaseException as raised:  # noqa: BLE001 - a call may raise anything, SystemExit too
             error = raised
@@ -88,3 +95,22 @@ class Interrupter:
         again = threading.Timer(AGAIN_S, self.interrupt, [call_id])
         again.daemon = True
         again.start()
+
+
+def _uptime() -> float:
+    """Seconds since the machine started, which no change of its clock moves."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _processes_since(moment: float) -> Iterator[int]:
+    """The other processes of this one's group that were started since then (`_uptime`); none where there is no /proc.
+
+    Those of earlier calls, and those with a group of their own, are meant to live on.
+    """
+    group, tick = os.getpgid(0), int(moment * os.sysconf("SC_CLK_TCK"))
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            _, _, fields = (folder / "stat").read_text().rpartition(")")
+            pid, its_group, its_start = int(folder.name), int(fields.split()[2]), int(fields.split()[19])
+            if its_group == group and its_start >= tick and pid != os.getpid():
+                yield pid
