@@ -47,7 +47,7 @@ chromium:
 lock: $(READY)
 	@{ echo "# Every package of .venv, for Python 3.11 and newer. Made by \`make lock\` from pyproject.toml."; \
 	  echo "# What a torch build brings for its GPUs is left to torch, so that the CPU build needs none of it."; \
-	  $(BIN)/uv pip compile -q pyproject.toml --extra peft --extra lab --extra modal --extra png --extra dev --universal --python-version 3.11 \
+	  $(BIN)/uv pip compile -q pyproject.toml --extra peft --extra lab --extra modal --extra agents --extra wandb --extra png --extra dev --universal --python-version 3.11 \
 	    --no-annotate --no-header -c <(echo torch==2.13.0) | grep -vE '^(nvidia|triton|cuda)'; } > requirements.new
 	@mv requirements.new requirements.lock
 
