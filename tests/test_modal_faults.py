@@ -183,6 +183,51 @@ def test_lost_answers_neither_lose_nor_repeat_anything(
     assert count.read_text() == "x"
 
 
+def test_a_large_result_comes_in_pieces_and_whole_though_answers_are_lost(
+    client: InterpClient, loopback: Loopback
+) -> None:
+    def give(model: Any, tokenizer: Any) -> dict[str, Any]:
+        import numpy as np
+
+        return {"long": np.arange(9_000_000), "tiny": np.arange(100), "odd": np.full(5_000_001, 7, dtype=np.uint8)}
+
+    def lose_often() -> None:
+        seen = loopback.calls("FunctionGetOutputs")
+        while not done.wait(0.001):
+            if loopback.calls("FunctionGetOutputs") > seen + 1:
+                loopback.lose("FunctionGetOutputs")
+                seen = loopback.calls("FunctionGetOutputs")
+
+    client.connect(lambda _: None)
+    done = threading.Event()
+    losing = threading.Thread(target=lose_often)
+    losing.start()
+    try:
+        result = client.run(give)
+    finally:
+        done.set()
+        losing.join()
+    expected = give(None, None)
+    assert all((result[name] == values).all() for name, values in expected.items())
+    result["long"][:] = 0  # it is the notebook's own
+
+
+def test_a_result_that_is_too_large_for_modal_is_refused_and_the_container_goes_on(
+    client: InterpClient, loopback: Loopback
+) -> None:
+    def give(model: Any, tokenizer: Any, nbytes: int) -> Any:
+        import numpy as np
+
+        return np.zeros(nbytes, dtype=np.uint8)
+
+    client.connect(lambda _: None)
+    task = container(loopback)
+    with pytest.raises(ShipError, match=r"The result is 1\.08 GB; .* at most 1\.07 GB at once\. Keep it there"):
+        client.run(give, nbytes=1_080_000_000)
+    assert client.run(give, nbytes=10).sum() == 0
+    assert container(loopback) is task
+
+
 def test_a_failure_of_the_server_that_passes_is_waited_out(
     session: Session, loopback: Loopback, tmp_path: Path
 ) -> None:

@@ -11,11 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from interp_kernel.backends import Message
-from interp_kernel.backends.modal.wire import LARGEST, Wire, from_wire, nbytes, repack, to_wire
+from interp_kernel.backends.modal.wire import LARGEST, PIECE, Part, Wire, from_wire, in_parts, is_final, repack
 from interp_kernel.protocol import Channel, Head
 from interp_kernel.worker.server import Outbox
 
-FINAL = {"reply", "missing", "unknown", "forgotten"}  # after these a client waits for nothing more
 PID_BITS = 22  # of a process id; a number of the container's own goes before it
 GATHER_S = 0.003  # after a first message, for those right behind it
 
@@ -24,10 +23,10 @@ Numbered = tuple[int, Wire]
 
 @dataclass
 class Waiting:
-    """A message for the client, kept until the client says that it has it."""
+    """Something for the client, kept until the client says that it has it."""
 
     number: int
-    message: Message
+    part: Part
     carrier: int = 0  # the exchange that was given it last
 
 
@@ -42,7 +41,7 @@ class Line:
         self.following: set[str] = set()  # calls whose end this client has not been sent
         self.polls, self.last_poll = 0, time.monotonic()
         self.taken = 0  # number of the client's last message that went on to the worker
-        self.last = 0  # number of the worker's last message
+        self.last = 0  # number of the last part of the worker's last message
         self.is_open = True
         self._channel = Channel(sock)
         self._outbox = Outbox(self._channel)
@@ -86,10 +85,10 @@ class Line:
             await self._wait(number, run, wait_s)
             if not self._is_read(number, run):
                 return []
-            given = self._unhanded()
+            given = self._given()
             for each in given:
                 each.carrier = number
-            return [(each.number, as_allowed(each.message)) for each in given]
+            return [(each.number, each.part.make()) for each in given]
         finally:
             if self._runs.get(number) is run:
                 del self._runs[number]
@@ -110,7 +109,7 @@ class Line:
             self._news.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), left)
-        if self.is_open and (given := self._unhanded()) and not is_final(given[-1].message[0]):
+        if self.is_open and (given := self._unhanded()) and not given[-1].part.is_final:
             await asyncio.sleep(GATHER_S)
 
     def _is_read(self, number: int, run: object) -> bool:
@@ -118,6 +117,16 @@ class Line:
 
     def _unhanded(self) -> list[Waiting]:
         return [each for each in self._waiting if not each.carrier]
+
+    def _given(self) -> list[Waiting]:
+        """As much as one exchange carries; others bring the rest at the same time."""
+        given, size = list[Waiting](), 0
+        for each in self._unhanded():
+            size += each.part.nbytes
+            if given and size > PIECE:
+                break
+            given.append(each)
+        return given
 
     def _read(self) -> None:
         try:
@@ -134,8 +143,9 @@ class Line:
         if is_final(head):
             self._finals += 1
             self.following.discard(head.get("call", ""))
-        self.last += 1
-        self._waiting.append(Waiting(self.last, message))
+        for part in in_parts(as_allowed(message)):
+            self.last += 1
+            self._waiting.append(Waiting(self.last, part))
         self._news.set()
 
     def _localise(self, hello: Head) -> None:
@@ -151,20 +161,15 @@ def global_pid(boot: str, pid: int) -> int:
     return int(boot[:7], 16) << PID_BITS | pid
 
 
-def is_final(head: Head) -> bool:
-    """Whether a client waits for nothing more once it has this message."""
-    return bool(head.get("last")) or head["event"] in FINAL
-
-
-def as_allowed(message: Message) -> Wire:
-    """A message as it is sent; one that is too large for Modal becomes an error that says so."""
-    wire = to_wire(*message)
-    if (size := nbytes(wire)) <= LARGEST:
-        return wire
-    head = message[0]
+def as_allowed(message: Message) -> Message:
+    """A message, or if it is too large for Modal an error that says so."""
+    head, inline, _ = message
+    size = sum(map(len, inline)) + sum(nbytes for _, nbytes, offset, _ in head.get("blobs", ()) if offset is not None)
+    if size <= LARGEST:
+        return message
     text = (
         f"The result is {size / 1e9:.2f} GB; a Modal container returns at most {LARGEST / 1e9:.2f} GB at once. "
         "Keep it there (%%remote --keep NAME) and return parts of it."
     )
     error = {"ename": "ShipError", "evalue": text, "traceback": [f"ShipError: {text}"]}
-    return to_wire({**{k: head[k] for k in ("event", "call", "seq", "last") if k in head}, "error": error}, [], None)
+    return {**{k: head[k] for k in ("event", "call", "seq", "last") if k in head}, "error": error}, [], None

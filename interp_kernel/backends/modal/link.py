@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from interp_kernel.backends import Message
 from interp_kernel.backends.modal.failures import REPLACED, explain, is_passing
-from interp_kernel.backends.modal.wire import LARGEST, Loose, Wire, from_wire, nbytes, wire_of
+from interp_kernel.backends.modal.wire import LARGEST, Loose, Wire, from_wire, is_final, nbytes, wire_of
 from interp_kernel.errors import ShipError
 from interp_kernel.protocol import Buffer, Head, Packed
 
@@ -34,7 +34,6 @@ RETRY_S = 0.25
 CERTAIN_S = 0.05  # after its last answer a container is taken to be there; later Modal is asked, for one round trip
 STREAMING_S = 0.05  # a call that lasts longer has more than one exchange under way
 UNDER_WAY = 3
-FINAL = {"reply", "missing", "unknown", "forgotten"}  # after these nothing more is expected
 
 Exchange = Callable[..., Awaitable[Any]]
 T = TypeVar("T")
@@ -84,6 +83,7 @@ class ModalLink:
         self._arrived: deque[Message] = deque()
         self._unsent: deque[tuple[int, Wire]] = deque()
         self._early: dict[int, Wire] = {}
+        self._pieces: list[bytes] = []  # of large frames, whose message comes next
         self._tasks: set[asyncio.Task[None]] = set()
         self._sent = self._submitted = self._taken = self._received = self._number = self._failures = 0
         self._pending: set[int] = set()  # exchanges whose answers have not come
@@ -228,8 +228,12 @@ class ModalLink:
         self._early.update({n: wire for n, wire in answer["messages"] if n > self._received})
         while (wire := self._early.pop(self._received + 1, None)) is not None:
             self._received += 1
-            message = from_wire(wire)
-            if message[0].get("last") or message[0]["event"] in FINAL:
+            text, inline, large = wire
+            self._pieces += large
+            if not text:
+                continue
+            message, self._pieces = from_wire((text, inline, self._pieces)), []
+            if is_final(message[0]):
                 self._quiet()
             self._arrived.append(message)
             self._wake()
