@@ -450,7 +450,9 @@ def default_settings(shell: Any) -> dict[str, Any]:
         except (OSError, ValueError):
             given = None  # it is being written, or is no notebook
         if given:
-            return settings_from(given, f"metadata of {path.name}")
+            options = settings_from(given, f"metadata of {path.name}")
+            options.pop("run", None)  # the record that a run of the notebook left
+            return options
     return {}
 
 

@@ -307,6 +307,7 @@ METADATA = {"model": "demo", "scaledown_window": 150}
     [
         ("", METADATA, "stays warm 2.5 min"),
         ('{"model_name": "demo", "scaledown_window": 90}', METADATA, "stays warm 1.5 min"),
+        ("", {**METADATA, "run": {"status": "completed"}}, "stays warm 2.5 min"),
         ("", "demo", "stays warm 5 min"),
         ("", None, "stays warm 5 min"),
         ("", {"model": "demo", "dtype": "float1"}, "SpecError: dtype 'float1' is not known"),
