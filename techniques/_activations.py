@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -15,12 +15,21 @@ from techniques._batches import in_batches
 from techniques._hooks import HookPoint, check_sites, hook_point, record, run
 from techniques._model import find_decoder
 from techniques._pairs import span_positions
-from techniques._tokens import check_context, check_lists, encode, pad, resolve_position, token_text
+from techniques._tokens import (
+    check_context,
+    check_lists,
+    encode,
+    pad,
+    plain,
+    resolve_position,
+    token_text,
+    whole_numbers,
+)
 
 MAX_TOKENS = 8192  # of a batch, padding included
 
 Position = int | str | Sequence[int | str | tuple[int, int]]
-Layers = Literal["all"] | Sequence[int]
+Layers = Literal["all"] | int | Sequence[int]
 
 
 class ReadText(TypedDict):
@@ -68,10 +77,11 @@ def points_of(model: PreTrainedModel, site: str, layers: Layers) -> list[HookPoi
         ValueError: The site is unknown or has no vector per token, or a layer does not exist.
     """
     n_layers = find_decoder(model).n_layers
-    chosen = list(range(n_layers)) if layers == "all" else layers
-    if isinstance(chosen, str) or not chosen or not all(0 <= layer < n_layers for layer in chosen):
+    is_all = isinstance(layers, str) and layers == "all"
+    chosen = list(range(n_layers)) if is_all else whole_numbers("layers", layers)
+    if not chosen or not all(0 <= layer < n_layers for layer in chosen):
         raise ValueError(f'layers is {layers!r}; expected "all" or some of 0 to {n_layers - 1}, the model\'s layers.')
-    full = site.startswith("blocks.") and layers == "all"  # a full name has its own layer
+    full = site.startswith("blocks.") and is_all  # a full name has its own layer
     points = [hook_point(site)] if full else [hook_point(site, layer) for layer in chosen]
     if not 0 <= points[0].layer < n_layers:
         raise ValueError(f"site is {site!r}; expected a layer of 0 to {n_layers - 1}, the model's layers.")
@@ -95,6 +105,7 @@ def read_at(
     check_lists(texts=texts)
     ids = encode(tokenizer, texts)
     check_context(model, ids)
+    position = plain(position)
     chosen = [position] * len(texts) if isinstance(position, int | str) else list(position)
     if len(chosen) != len(texts):
         raise ValueError(f"position has {len(chosen)} entries for {len(texts)} texts; expected one for each.")
@@ -136,6 +147,44 @@ def activations_at(
     found = torch.stack(in_batches(lengths, max_tokens, lambda which: list(_batch(model, reading, which, points))))
     _check_finite(found, points)
     return found
+
+
+@torch.no_grad()
+def prompt_values(
+    model: PreTrainedModel,
+    ids: Sequence[Sequence[int]],
+    points: Collection[HookPoint],
+    keep: Callable[[Float[Tensor, "pos *size"]], Tensor],
+    max_tokens: int = MAX_TOKENS,
+) -> list[dict[HookPoint, Tensor]]:
+    """`keep` of each prompt's values at each point, which is not a pattern, without padding; on the model's devices.
+
+    Raises:
+        MemoryError: One prompt alone does not fit the memory.
+    """
+
+    def values(which: list[int]) -> list[dict[HookPoint, Tensor]]:
+        with record(model, points) as seen:
+            batch = pad([ids[i] for i in which], "right", 0, model.device)
+            run(model, batch, stop_after=max(point.layer for point in points))
+        return [
+            {point: keep(value[row, : len(ids[i])]) for point, value in seen.items()} for row, i in enumerate(which)
+        ]
+
+    return in_batches([len(row) for row in ids], max_tokens, values)
+
+
+def token_means(
+    model: PreTrainedModel, ids: Sequence[Sequence[int]], points: Collection[HookPoint]
+) -> dict[HookPoint, Float[Tensor, " *size"]]:
+    """Mean of each point over all tokens of all prompts, in the model's dtype.
+
+    Raises:
+        MemoryError: One prompt alone does not fit the memory.
+    """
+    sums = prompt_values(model, ids, points, lambda value: value.float().sum(0))
+    n_tokens = sum(map(len, ids))
+    return {point: (torch.stack([row[point] for row in sums]).sum(0) / n_tokens).to(model.dtype) for point in points}
 
 
 def _batch(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from techniques._model import UnsupportedModelError, find_decoder
 from techniques._results import number
 from techniques._stats import mean_interval
+from techniques._tokens import whole_numbers
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -32,25 +33,30 @@ def score(values: Float[Tensor, " n"], seed: int) -> Score:
     return Score(mean=mean, low=low, high=high)
 
 
-def choose(name: str, chosen: Sequence[int] | None, n: int) -> list[int]:
+def choose(name: str, given: int | Sequence[int] | None, n: int) -> list[int]:
     """The layers or heads that were asked for; None asks for all.
 
     Raises:
         ValueError: One does not exist, or none is left.
     """
-    if chosen is None:
+    if given is None:
         return list(range(n))
+    chosen = whole_numbers(f"{name}s", given)
     unknown = [i for i in chosen if not 0 <= i < n]
     if unknown or not chosen:
         raise ValueError(
-            f"{name}s is {list(chosen)}; expected some of 0 to {n - 1}, as the model has {n} {name}s"
+            f"{name}s is {chosen}; expected some of 0 to {n - 1}, as the model has {n} {name}s"
             f"{' in each layer' if name == 'head' else ''}. Leave it out to take all."
         )
-    return list(chosen)
+    return chosen
 
 
 @contextmanager
-def knocked_out(model: PreTrainedModel, cuts: Mapping[int, Bool[Tensor, "batch heads query key"]]) -> Iterator[None]:
+def knocked_out(
+    model: PreTrainedModel,
+    cuts: Mapping[int, Bool[Tensor, "batch heads query key"]],
+    prompts: Sequence[int] | None = None,
+) -> Iterator[None]:
     """Let queries not see keys, in every forward pass of whole sequences inside.
 
     The other keys share what the cut ones had, as the softmax runs over them alone. Any attention that takes a mask
@@ -59,6 +65,7 @@ def knocked_out(model: PreTrainedModel, cuts: Mapping[int, Bool[Tensor, "batch h
     Args:
         model: A decoder-only Hugging Face model.
         cuts: By layer, where a score is masked; one head stands for all of them.
+        prompts: What an error message calls the rows of the batch; their own numbers if None.
 
     Raises:
         ValueError: A query has no key left.
@@ -78,13 +85,14 @@ def knocked_out(model: PreTrainedModel, cuts: Mapping[int, Bool[Tensor, "batch h
             attn = layers[layer].attn
             if attn is None:
                 raise UnsupportedModelError(f"Layer {layer} of {type(model).__name__} has no attention to cut.")
-            hooks.callback(attn.register_forward_pre_hook(_cutter(layer, cut, fired), with_kwargs=True).remove)
+            cutter = _cutter(layer, cut, range(len(cut)) if prompts is None else prompts, fired)
+            hooks.callback(attn.register_forward_pre_hook(cutter, with_kwargs=True).remove)
         yield
     if missed := sorted(cuts.keys() - fired):
         raise RuntimeError(f"Layer {missed[0]} never ran; expected a forward pass. Run the model inside the block.")
 
 
-def _cutter(layer: int, cut: Bool[Tensor, "batch heads query key"], fired: set[int]) -> Hook:
+def _cutter(layer: int, cut: Bool[Tensor, "batch heads query key"], prompts: Sequence[int], fired: set[int]) -> Hook:
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -94,12 +102,14 @@ def _cutter(layer: int, cut: Bool[Tensor, "batch heads query key"], fired: set[i
             )
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         fired.add(layer)
-        return args, {**kwargs, "attention_mask": _masked(kwargs["attention_mask"], cut, layer, hidden)}
+        return args, {**kwargs, "attention_mask": _masked(kwargs["attention_mask"], cut, layer, prompts, hidden)}
 
     return hook
 
 
-def _masked(mask: Any, cut: Bool[Tensor, "batch heads query key"], layer: int, hidden: Tensor) -> Tensor:
+def _masked(
+    mask: Any, cut: Bool[Tensor, "batch heads query key"], layer: int, prompts: Sequence[int], hidden: Tensor
+) -> Tensor:
     """The mask with the cut scores masked too, in the mask's own convention."""
     floor = torch.finfo(hidden.dtype).min
     if mask is None:  # causal, by the kernel's own doing; a sum works for every kernel
@@ -119,8 +129,8 @@ def _masked(mask: Any, cut: Bool[Tensor, "batch heads query key"], layer: int, h
     if len(empty):
         row, _, query = empty[0].tolist()
         raise ValueError(
-            f"All keys that position {query} of prompt {row} sees in layer {layer} would be cut; expected at least one "
-            "to be left. Leave the position itself, or the first token, as a key."
+            f"All keys that position {query} of prompt {prompts[row]} sees in layer {layer} would be cut; expected at "
+            "least one to be left. Leave the position itself, or the first token, as a key."
         )
     if mask.dtype == torch.bool:
         return torch.where(cut, ~mask[..., :1, :1], mask)

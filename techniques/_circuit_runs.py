@@ -11,18 +11,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from techniques._activations import token_means
 from techniques._batches import in_batches
 from techniques._contrast import MAX_TOKENS, Contrast, as_leaf, frozen
 from techniques._edges import Graph, max_tokens, run_edges, sender_outputs, sender_points
 from techniques._hooks import HookPoint, edit, record
 from techniques._nodes import Node
-from techniques._pairs import recovered_interval
 from techniques._results import number
-from techniques._tokens import Batch
+from techniques._stats import recovered_interval
 
 Mode = Literal["resample", "mean", "zero"]
 MODES = ("resample", "mean", "zero")
 RUN_TOKENS = 2048  # of a pass that runs several circuits at once
+EDGES_ALONE = "pair, in a copy for each mixture of edges,"
 NODE_SITES = ("z", "mlp_out")  # where heads and MLPs are exchanged
 
 
@@ -76,24 +77,30 @@ class Runner:
     mode: Mode
     means: dict[HookPoint, Tensor]
 
-    def values(self, circuits: Bool[Tensor, "circuits parts"], pairs: Sequence[int]) -> Float[Tensor, "circuits n"]:
-        """Logit difference of each circuit on each of the chosen pairs, in nats."""
-        lengths = [self.contrast.lengths[i] for i in pairs]
-        budget = MAX_TOKENS if self.parts.nodes else max_tokens(self.parts.graph)
-        return torch.stack(in_batches(lengths, budget, lambda at: self._run(circuits, [pairs[i] for i in at])), -1)
-
     @torch.no_grad()
-    def _run(self, circuits: Bool[Tensor, "circuits parts"], which: list[int]) -> list[Float[Tensor, " circuits"]]:
-        clean = self.contrast.batch(self.contrast.pairs.clean, which)
-        given = self.replacements(which)
-        if self.parts.nodes:
-            at_once = max(1, RUN_TOKENS // clean.input_ids.numel())
-            diffs = torch.cat([self._run_nodes(clean, part, given, which) for part in torch.split(circuits, at_once)])
-        else:
-            diffs = self._run_edges(clean, circuits, given, which)
-        return list(diffs.T.cpu())
+    def values(self, circuits: Bool[Tensor, "circuits parts"], pairs: Sequence[int]) -> Float[Tensor, "circuits n"]:
+        """Logit difference of each circuit on each of the chosen pairs, in nats.
 
-    def replacements(self, which: list[int]) -> dict[HookPoint, Tensor]:
+        Raises:
+            MemoryError: One circuit on one pair does not fit in memory.
+        """
+        lengths, n = [self.contrast.lengths[i] for i in pairs], len(circuits)
+        if not self.parts.nodes:
+            edges = partial(self._run_edges, circuits)
+            budget = max_tokens(self.parts.graph)
+            return torch.stack(in_batches(lengths, budget, lambda at: edges([pairs[i] for i in at]), EDGES_ALONE), -1)
+        masks = self._masks(circuits)
+        # The circuits of one pair stand side by side, so that a batch has few pairs, whose replacements it needs.
+        found = in_batches(
+            [length for length in lengths for _ in range(n)],
+            RUN_TOKENS,
+            lambda at: self._run_nodes(
+                {point: mask[[i % n for i in at]] for point, mask in masks.items()}, [pairs[i // n] for i in at]
+            ),
+        )
+        return torch.stack(found).view(len(pairs), n).T
+
+    def replacements(self, which: Sequence[int]) -> dict[HookPoint, Tensor]:
         """What the components of the chosen pairs get when they are not in a circuit; broadcasts over tokens."""
         points = sender_points(self.parts.graph.decoder)
         if self.mode == "mean":
@@ -104,14 +111,8 @@ class Runner:
             self.contrast.logit_diffs(self.contrast.batch(self.contrast.pairs.corrupted, which), which)
         return given
 
-    def _run_nodes(
-        self,
-        clean: Batch,
-        circuits: Bool[Tensor, "circuits parts"],
-        given: dict[HookPoint, Tensor],
-        which: list[int],
-    ) -> Float[Tensor, "circuits n"]:
-        """All circuits in one pass, each on a copy of the batch."""
+    def _masks(self, circuits: Bool[Tensor, "circuits parts"]) -> dict[HookPoint, Bool[Tensor, "circuits 1 ..."]]:
+        """Where each circuit keeps what the model computes, for the points at which one of them does not."""
         decoder, n = self.parts.graph.decoder, len(circuits)
         heads = torch.ones(n, decoder.n_layers, decoder.n_heads, dtype=torch.bool)
         mlps = torch.ones(n, decoder.n_layers, dtype=torch.bool)
@@ -120,35 +121,40 @@ class Runner:
                 heads[:, node.layer, node.head] = kept
             else:
                 mlps[:, node.layer] = kept
-        masks = {HookPoint("z", i): heads[:, None, None, i, :, None] for i in range(decoder.n_layers)}
-        masks |= {HookPoint("mlp_out", i): mlps[:, i, None, None, None] for i in range(decoder.n_layers)}
-        edits = {at: partial(_exchange, mask, given[at]) for at, mask in masks.items() if not mask.all()}
-        copies = Batch(clean.input_ids.repeat(n, 1), clean.attention_mask.repeat(n, 1))
+        masks = {HookPoint("z", i): heads[:, None, i, :, None] for i in range(decoder.n_layers)}
+        masks |= {HookPoint("mlp_out", i): mlps[:, i, None, None] for i in range(decoder.n_layers)}
+        return {point: mask for point, mask in masks.items() if not mask.all()}
+
+    def _run_nodes(self, masks: dict[HookPoint, Bool[Tensor, "n 1 ..."]], which: list[int]) -> list[Float[Tensor, ""]]:
+        """One pass; row i is a clean prompt of which the i-th row of each mask keeps what the model computes."""
+        different = list(dict.fromkeys(which))
+        rows = torch.tensor([different.index(i) for i in which])
+        given = self.replacements(different)
+        edits = {
+            point: partial(_exchange, mask, given[point][rows] if self.mode == "resample" else given[point])
+            for point, mask in masks.items()
+        }
         with edit(self.contrast.model, edits):
-            return self.contrast.logit_diffs(copies, which * n).view(n, -1)
+            clean = self.contrast.batch(self.contrast.pairs.clean, which)
+            return list(self.contrast.logit_diffs(clean, which).cpu())
 
     def _run_edges(
-        self,
-        clean: Batch,
-        circuits: Bool[Tensor, "circuits parts"],
-        given: dict[HookPoint, Tensor],
-        which: list[int],
-    ) -> Float[Tensor, "circuits n"]:
+        self, circuits: Bool[Tensor, "circuits parts"], which: list[int]
+    ) -> list[Float[Tensor, " circuits"]]:
         graph = self.parts.graph
-        corrupted = sender_outputs(graph.decoder, given)
+        clean = self.contrast.batch(self.contrast.pairs.clean, which)
+        corrupted = sender_outputs(graph.decoder, self.replacements(which))
         read = partial(self.contrast.logit_diffs, which=which)
         diffs = []
         for circuit in circuits:
             kept = torch.zeros_like(graph.possible)
             kept[self.parts.edges[:, 0], self.parts.edges[:, 1]] = circuit
             diffs.append(run_edges(self.contrast.model, graph, clean, corrupted, kept, read))
-        return torch.stack(diffs)
+        return list(torch.stack(diffs, -1).cpu())
 
 
-def _exchange(kept: Bool[Tensor, "circuits ..."], given: Tensor, value: Tensor) -> Tensor:
-    """The value where a circuit keeps it, else what is given; the batch holds a copy for each circuit."""
-    copies = value.view(len(kept), -1, *value.shape[1:])
-    return torch.where(kept.to(value.device), copies, given.to(value.device)).flatten(0, 1)
+def _exchange(kept: Bool[Tensor, "batch 1 ..."], given: Tensor, value: Tensor) -> Tensor:
+    return torch.where(kept.to(value.device), value, given.to(value.device))
 
 
 def runner(contrast: Contrast, parts: Parts, mode: str) -> Runner:
@@ -161,27 +167,9 @@ def runner(contrast: Contrast, parts: Parts, mode: str) -> Runner:
         raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}.")
     if mode != "resample" and not parts.nodes:
         raise ValueError(f'mode is {mode!r} for a circuit of edges; expected "resample", the only one they have.')
-    means = _means(contrast, sender_points(parts.graph.decoder)) if mode == "mean" else {}
+    points = sender_points(parts.graph.decoder)
+    means = token_means(contrast.model, contrast.pairs.corrupted, points) if mode == "mean" else {}
     return Runner(contrast, parts, cast(Mode, mode), means)
-
-
-@torch.no_grad()
-def _means(contrast: Contrast, points: list[HookPoint]) -> dict[HookPoint, Tensor]:
-    """Of each point over all tokens of all corrupted prompts."""
-
-    def sums(which: list[int]) -> list[dict[HookPoint, Tensor]]:
-        batch = contrast.batch(contrast.pairs.corrupted, which)
-        with record(contrast.model, points) as seen:
-            contrast.logit_diffs(batch, which)
-        return [
-            {point: value[row, : contrast.lengths[i]].float().sum(0) for point, value in seen.items()}
-            for row, i in enumerate(which)
-        ]
-
-    found = in_batches(contrast.lengths, MAX_TOKENS, sums)
-    n_tokens = sum(contrast.lengths)
-    dtype = contrast.model.dtype
-    return {point: (torch.stack([one[point] for one in found]).sum(0) / n_tokens).to(dtype) for point in points}
 
 
 def node_effects(runner: Runner, pairs: Sequence[int]) -> Float[Tensor, "n parts"]:

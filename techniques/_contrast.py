@@ -9,11 +9,11 @@ from typing import NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from techniques._model import logits_at
-from techniques._pairs import Pairs, metric_values
+from techniques._model import UnsupportedModelError, logits_at
+from techniques._pairs import Pairs, apart, metric_values
 from techniques._results import number
 from techniques._tokens import Batch, pad
 
@@ -49,28 +49,25 @@ class Contrast:
     def without_small_gaps(
         self, clean: Float[Tensor, " n"], corrupted: Float[Tensor, " n"], min_gap: float
     ) -> tuple[Contrast, list[bool]]:
-        """Only pairs whose clean logit difference exceeds the corrupted one by `min_gap`, and which these are.
-
-        Raises:
-            ValueError: There are none.
-        """
-        kept: list[bool] = (clean - corrupted >= min_gap).tolist()
-        found = [
-            f"{a:.3g} nats clean and {b:.3g} corrupted" for a, b in zip(clean.tolist(), corrupted.tolist(), strict=True)
-        ]
-        if not any(kept):
-            raise ValueError(
-                f"No pair of {len(kept)} has a logit difference that falls by {min_gap:g} nats or more; the first has "
-                f"{found[0]}. Expected a model that tells the prompts apart. Check the answers, or lower min_gap."
-            )
-        reasons = [f"its logit difference is {text}; a gap of {min_gap:g} was asked for" for text in found]
-        return Contrast(self.model, self.pairs.keep(kept, reasons)), kept
+        """Only the pairs that are `apart`, and which these are."""
+        pairs, kept = apart(self.pairs, clean, corrupted, min_gap)
+        return Contrast(self.model, pairs), kept
 
 
 @contextmanager
-def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Gradients for what is computed inside, and none for weights, so that nothing is kept for their sake."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Gradients for what is computed inside, and none for weights, so that nothing is kept for their sake.
+
+    Raises:
+        UnsupportedModelError: The model has no gradients, which would go unnoticed.
+    """
+    if any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in model.parameters()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has 4-bit weights on the CPU, where bitsandbytes runs them by a kernel without "
+            "gradients; expected a model that has them. Load it in 8 bit or in bfloat16, or on a GPU."
+        )
+    # Stand-ins for offloaded weights are inference tensors once the model has run in inference mode: left alone.
+    trainable = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)

@@ -1,9 +1,11 @@
-"""Continue token sequences: one padded batch, an own random stream, and only what is new comes back."""
+"""Continue token sequences: batches that fit in memory, a random stream for each row, and only what is new."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict, cast
 
@@ -12,9 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from techniques._batches import in_batches
+from techniques._hooks import Change, HookPoint, edit
 from techniques._tokens import chat_ids, check_context, check_eval, check_finite, encode, pad
 
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50}
+MAX_TOKENS = 16384  # of a batch, padding and new tokens included
+
+Edits = Callable[[int], Mapping[HookPoint, Change]]
 
 
 class Continuation(TypedDict):
@@ -58,27 +65,58 @@ def continue_tokens(
     *,
     max_new_tokens: int,
     temperature: float,
-    seed: int | Sequence[int],
+    seed: int,
+    edits: Edits | None = None,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[Continuation]:
     """Continue each sequence of token ids; greedy at temperature 0, else sampled from the whole distribution.
 
     The checkpoint's own sampling defaults (top-k, top-p, repetition penalty) are switched off: what comes back is
-    what the model's probabilities say. One seed draws for the whole batch; with a seed for each row, a row's sample
-    depends on that seed alone.
+    what the model's probabilities say. Each row draws from a stream of its own, that of the seed, its tokens and how
+    often they stood in the list before, so its sample does not depend on the batch that it came to be in.
+
+    `edits` gives what to change while a batch runs, from the length of its longest prompt; each batch gets new ones.
 
     Raises:
         ValueError: max_new_tokens or temperature is out of range, a sequence does not fit the context, the model is
             in train mode, or a logit is not finite.
+        MemoryError: A single sequence does not fit in memory.
     """
     check_eval(model)
     check_options(max_new_tokens, temperature)
     check_context(model, ids, max_new_tokens)
+    seeds = _row_seeds(ids, seed)
+
+    def run(which: list[int]) -> list[Continuation]:
+        rows, streams = [ids[i] for i in which], [seeds[i] for i in which]
+        with edit(model, {} if edits is None else edits(max(map(len, rows)))):
+            return _generate(model, tokenizer, rows, max_new_tokens, _processors(temperature, streams))
+
+    return in_batches([len(row) + max_new_tokens for row in ids], max_tokens, run)
+
+
+def _row_seeds(ids: Sequence[Sequence[int]], seed: int) -> list[int]:
+    seen: Counter[tuple[int, ...]] = Counter()
+    seeds = []
+    for row in ids:
+        digest = hashlib.sha256(repr((seed, seen[tuple(row)], list(row))).encode()).digest()
+        seeds.append(int.from_bytes(digest[:8], "big") >> 1)
+        seen[tuple(row)] += 1
+    return seeds
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    processors: LogitsProcessorList,
+) -> list[Continuation]:
+    """One padded batch; what is drawn at random is drawn by the processors."""
     ends = _end_ids(model)
     filler = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     batch = pad(ids, "left", filler, model.device)
-    own_seeds = None if isinstance(seed, int) else seed
-    is_drawn_by_torch = temperature > 0 and own_seeds is None
-    with own_random_stream(model, seed if isinstance(seed, int) else 0), _without_mask_warning():
+    with _without_mask_warning():
         output = cast(Any, model).generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -87,9 +125,8 @@ def continue_tokens(
             num_beams=1,
             repetition_penalty=1.0,
             top_p=1.0,
-            logits_processor=_processors(temperature, own_seeds),
-            # Greedy decoding warns about sampling options that are not transformers' defaults.
-            **({"do_sample": True, "temperature": temperature, "top_k": 0} if is_drawn_by_torch else GREEDY),
+            logits_processor=processors,
+            **GREEDY,  # decoding without sampling warns about sampling options that are not transformers' defaults
         )
     new = output[:, batch.input_ids.shape[1] :].tolist()
     return [_continuation(tokenizer, row, ends) for row in new]
@@ -103,9 +140,9 @@ def check_options(max_new_tokens: int, temperature: float) -> None:
         raise ValueError(f"temperature is {temperature}; expected 0 for greedy decoding or a positive number.")
 
 
-def _processors(temperature: float, seeds: Sequence[int] | None) -> LogitsProcessorList:
-    """What `generate` does to the logits of each step before it draws."""
-    streams = [torch.Generator().manual_seed(seed) for seed in seeds or []]
+def _processors(temperature: float, seeds: Sequence[int]) -> LogitsProcessorList:
+    """What `generate` does to the logits of each step before it takes the largest."""
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def check(_: Int[Tensor, "batch pos"], logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch d_vocab"]:
         check_finite(logits)
@@ -116,7 +153,7 @@ def _processors(temperature: float, seeds: Sequence[int] | None) -> LogitsProces
         waits = [torch.empty(logits.shape[-1], dtype=torch.float64).exponential_(generator=g) for g in streams]
         return logits / temperature - torch.stack(waits).log().to(logits.device, logits.dtype)
 
-    return LogitsProcessorList([check, draw] if temperature and streams else [check])
+    return LogitsProcessorList([check, draw] if temperature else [check])
 
 
 def _end_ids(model: PreTrainedModel) -> set[int]:
@@ -143,14 +180,3 @@ def _without_mask_warning() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(is_other)
-
-
-@contextmanager
-def own_random_stream(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Seed the CPU and the model's GPUs, and give them their former random state back at the end."""
-    gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=gpus):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach GPUs that are not ours to restore
-        for gpu in gpus:
-            torch.cuda.default_generators[gpu].manual_seed(seed)
-        yield

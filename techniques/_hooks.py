@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from techniques._model import SITES, Decoder, Heads, Layer, Site, UnsupportedModelError, find_decoder
-from techniques._taps import After, Before, Placement, placed
+from techniques._taps import Forward, Placement, Wrap, after, before, placed
 from techniques._tokens import Batch, check_eval, check_finite
 
 Change = Callable[[Tensor], Tensor]
@@ -139,50 +139,65 @@ def record(
 def _recorder(
     layer: Layer, site: Site, point: HookPoint, found: dict[HookPoint, Tensor], keep: Change | None
 ) -> Placement:
-    heads = site.heads
     if point.site == "pattern":
         change = _seen(point, found, keep)
-        return Placement(site.module, False, lambda output: change(_pattern(output)))
-    if heads is not None:
-        placement = _placement(site, _seen_heads(heads, _seen(point, found, keep)))
-        if keep is None and point.site == "z" and heads.groups == 1:
-            return placement._replace(function=_note_heads(point, found, heads, cast(Before, placement.function)))
-        return placement
-    if keep is None and not (point.site == "mlp_out" and layer.mid is None):
-        note = _note_input(point, found) if site.is_input else _note_output(point, found)
-        return Placement(site.module, site.is_input, note)
+        return Placement(site.module, False, after(lambda output: change(_pattern(output))))
+    if site.heads is not None:
+        see = _seen_heads(site.heads, _seen(point, found, keep))
+        if keep is None and point.site == "z" and site.heads.groups == 1:
+            return Placement(site.module, True, _note_heads(point, found, site.heads, _on_input(see)))
+        return _placement(site, see)
     if point.site == "mlp_out" and layer.mid is None:
-        see = _seen(point, found, keep)
+        look = _seen(point, found, keep)
         # Falcon adds attention's output to it in place.
-        return _placement(site, lambda raw: raw.clone() if see(raw) is None else None)
+        return _placement(site, lambda raw: raw.clone() if look(raw) is None else None)
+    if keep is None:
+        return Placement(site.module, site.is_input, (_note_input if site.is_input else _note_output)(point, found))
     return _placement(site, _seen(point, found, keep))
 
 
-def _note_input(point: HookPoint, found: dict[HookPoint, Tensor]) -> Before:
-    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found[point] = args[0] if args else kwargs["hidden_states"]
-
-    return before
+# `before` and `after` of a function that notes the value, written out: a call less for each module of a small model.
 
 
-def _note_heads(point: HookPoint, found: dict[HookPoint, Tensor], heads: Heads, with_grad: Before) -> Before:
-    n_heads, d_head = heads.stop, heads.d_head
+def _note_input(point: HookPoint, found: dict[HookPoint, Tensor]) -> Wrap:
+    def wrap(forward: Forward) -> Forward:
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            found[point] = args[0] if args else kwargs["hidden_states"]
+            return forward(*args, **kwargs)
 
-    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raw: Tensor = args[0] if args else kwargs["hidden_states"]
-        if raw.requires_grad:
-            return with_grad(args, kwargs)
-        found[point] = torch.unflatten(raw, -1, (n_heads, d_head))
-        return None
+        return tapped
 
-    return before
+    return wrap
 
 
-def _note_output(point: HookPoint, found: dict[HookPoint, Tensor]) -> After:
-    def after(output: Any) -> None:
-        found[point] = output[0] if type(output) is tuple else output
+def _note_output(point: HookPoint, found: dict[HookPoint, Tensor]) -> Wrap:
+    def wrap(forward: Forward) -> Forward:
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            found[point] = output[0] if type(output) is tuple else output
+            return output
 
-    return after
+        return tapped
+
+    return wrap
+
+
+def _note_heads(point: HookPoint, found: dict[HookPoint, Tensor], heads: Heads, with_grad: Wrap) -> Wrap:
+    sizes = heads.stop, heads.d_head
+
+    def wrap(forward: Forward) -> Forward:
+        slow = with_grad(forward)
+
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            raw: Tensor = args[0] if args else kwargs["hidden_states"]
+            if raw.requires_grad:
+                return slow(*args, **kwargs)
+            found[point] = torch.unflatten(raw, -1, sizes)
+            return forward(*args, **kwargs)
+
+        return tapped
+
+    return wrap
 
 
 def _seen(point: HookPoint, found: dict[HookPoint, Tensor], keep: Change | None) -> Look:
@@ -206,25 +221,25 @@ def _placement(site: Site, look: Look) -> Placement:
     return Placement(site.module, site.is_input, _on_input(look) if site.is_input else _on_output(look))
 
 
-def _on_input(look: Look) -> Before:
-    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _on_input(look: Look) -> Wrap:
+    def see(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if args:
             new = look(args[0])
             return None if new is None else ((new, *args[1:]), kwargs)
         new = look(kwargs["hidden_states"])
         return None if new is None else (args, {**kwargs, "hidden_states": new})
 
-    return before
+    return before(see)
 
 
-def _on_output(look: Look) -> After:
-    def after(output: Any) -> Any:
+def _on_output(look: Look) -> Wrap:
+    def see(output: Any) -> Any:
         if type(output) is tuple:
             new = look(output[0])
             return None if new is None else (new, *output[1:])
         return look(output)
 
-    return after
+    return after(see)
 
 
 def _split(raw: Tensor, heads: Heads) -> Tensor:
@@ -377,7 +392,7 @@ def _pattern_editor(layer: Layer, change: Change) -> list[Placement]:
     return [
         Placement(v.module, False, _on_output(see_values)),
         Placement(o_proj, False, _on_output(see_output)),
-        Placement(attn, False, weigh_again),
+        Placement(attn, False, after(weigh_again)),
     ]
 
 
@@ -390,8 +405,8 @@ def weighted(
     return (pattern.to(by_head.dtype) @ by_head).transpose(1, 2)
 
 
-class _Stop(Exception):  # noqa: N818 - no error
-    """Ends a forward pass whose rest nobody needs."""
+class Stop(Exception):  # noqa: N818 - no error
+    """Ends a forward pass, of a model or a block, whose rest nobody needs."""
 
 
 def run(model: PreTrainedModel, batch: Batch, *, stop_after: int | None = None) -> Tensor:
@@ -417,12 +432,12 @@ def run(model: PreTrainedModel, batch: Batch, *, stop_after: int | None = None) 
 
     def stop(resid: Tensor) -> Tensor:
         last.append(resid)
-        raise _Stop
+        raise Stop
 
     with placed([_placement(site, stop)]):
         try:
             model(**inputs)
-        except _Stop:
+        except Stop:
             return last[0]
     raise UnsupportedModelError(f"{type(model).__name__} never ran its block {stop_after}; expected one run each.")
 

@@ -144,11 +144,15 @@ def head_outputs(
             f"{type(layer.attn or layer.block).__name__} has no output projection that reads the heads side by side; "
             "expected one. Its attention can't be split into heads."
         )
-    project = _without_hooks(layer.o_proj)
+    o_proj = _without_hooks(layer.o_proj)
+
+    def project(heads: Tensor) -> Tensor:  # in rows, as quantised maps take no more than two leading dimensions
+        return o_proj(heads.flatten(0, -2)).view(*heads.shape[:-1], -1)
+
     n_heads = z.shape[-2]
     alone = z.unsqueeze(-3) * torch.eye(n_heads, dtype=z.dtype, device=z.device)[..., None]
-    silent: Tensor = project(torch.zeros_like(z).flatten(-2))
-    parts: Tensor = project(alone.flatten(-2)) - silent.unsqueeze(-2)
+    silent = project(torch.zeros_like(z).flatten(-2))
+    parts = project(alone.flatten(-2)) - silent.unsqueeze(-2)
     if layer.attn_add is None or layer.attn_add is layer.attn or layer.attn_add is layer.o_proj:
         return parts
     norm = frozen_norm(layer.attn_add, parts.sum(-2) + silent, attn_out)

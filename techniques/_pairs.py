@@ -15,8 +15,7 @@ from techniques._batches import in_batches
 from techniques._hooks import check_sites
 from techniques._model import logits_at
 from techniques._results import number
-from techniques._stats import N_BOOT
-from techniques._tokens import Batch, check_context, check_finite, encode, log_probs, pad, single_token_id, token_text
+from techniques._tokens import check_context, check_finite, encode, log_probs, pad, single_token_id, token_text
 
 Align = Literal["equal", "end"]
 Metric = Literal["logit_diff", "logprob", "rank"]
@@ -127,14 +126,13 @@ class Pairs:
         shared = min(n_clean, n_corrupted)
         return [(n_clean - shared + i, n_corrupted - shared + i) for i in range(shared)]
 
-    def batches(self, filler: int, device: torch.device) -> tuple[Batch, Batch]:
-        """The clean and the corrupted prompts, padded on the right to one common length."""
-        both = pad([*self.clean, *self.corrupted], "right", filler, device)
-        n = len(self)
-        return (
-            Batch(both.input_ids[:n], both.attention_mask[:n]),
-            Batch(both.input_ids[n:], both.attention_mask[n:]),
-        )
+    def chunks(self) -> list[range]:
+        """All pairs, in order, in parts whose activations may be kept at once."""
+        return [range(len(self))[start : start + CHUNK_ROWS] for start in range(0, len(self), CHUNK_ROWS)]
+
+    def name(self, pair: int) -> str:
+        """What an error message calls a pair."""
+        return f"The pair of the prompt {self.texts[pair][0]!r}"
 
 
 def encode_pairs(
@@ -255,30 +253,6 @@ def metric_values(
     raise ValueError(f"The metric {metric!r} is not known; expected one of {', '.join(METRICS)}.")
 
 
-def recovered_interval(
-    changes: Float[Tensor, "n *cells"], gaps: Float[Tensor, " n"], seed: int, n_boot: int = N_BOOT, level: float = 0.95
-) -> tuple[Float[Tensor, "*cells"], Float[Tensor, "*cells"], Float[Tensor, "*cells"]]:
-    """Ratio of the mean change to the mean gap, with its percentile bootstrap interval over pairs: (ratio, low, high).
-
-    A ratio of means, so that a pair with a small gap does not count for more than one with a large gap. Numerator and
-    denominator share each resample. A resample whose mean gap is 0 has no ratio; it is left out, and if that is all of
-    them, everything is NaN.
-    """
-    changes, gaps = changes.detach().double().cpu(), gaps.detach().double().cpu()
-    n = len(gaps)
-    drawn = torch.randint(n, (n_boot, n), generator=torch.Generator().manual_seed(seed))
-    weights = torch.zeros(n_boot, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-    below = weights @ gaps
-    weights, below = weights[below != 0], below[below != 0]
-    if not len(below):
-        return (torch.full(changes.shape[1:], torch.nan, dtype=torch.float64),) * 3
-    ratios = (weights @ changes.flatten(1)) / below[:, None]
-    tail = (1 - level) / 2
-    bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    low, high = ratios.quantile(bounds, dim=0).reshape(2, *changes.shape[1:])
-    return changes.sum(0) / gaps.sum(), low, high
-
-
 @dataclass(frozen=True)
 class Baselines:
     """Every metric of METRICS for every pair in the two unpatched runs, in float64 on the CPU."""
@@ -301,18 +275,31 @@ def with_gap(model: PreTrainedModel, pairs: Pairs, min_gap: float) -> tuple[Pair
     if not min_gap > 0:
         raise ValueError(f"min_gap is {min_gap}; expected more than 0 nats, since effects are divided by the gap.")
     clean, corrupted = (pair_metrics(model, ids, pairs) for ids in (pairs.clean, pairs.corrupted))
-    kept = (clean - corrupted)[:, 0] >= min_gap
+    pairs, kept = apart(pairs, clean[:, 0], corrupted[:, 0], min_gap)
+    return pairs, Baselines(clean[kept], corrupted[kept])
+
+
+def apart(
+    pairs: Pairs, clean: Float[Tensor, " n"], corrupted: Float[Tensor, " n"], min_gap: float
+) -> tuple[Pairs, list[bool]]:
+    """Only the pairs whose logit difference falls by `min_gap` nats from clean to corrupted, and which these are.
+
+    Raises:
+        ValueError: There are none.
+    """
+    kept: list[bool] = (clean - corrupted >= min_gap).tolist()
     reasons = [
         f"its logit difference is {a:.3g} nats in the clean run and {b:.3g} in the corrupted one, a gap of "
         f"{a - b:.3g}; at least {min_gap:g} was asked for"
-        for a, b in zip(clean[:, 0].tolist(), corrupted[:, 0].tolist(), strict=True)
+        for a, b in zip(clean.tolist(), corrupted.tolist(), strict=True)
     ]
-    if not bool(kept.any()):
+    if not any(kept):
         raise ValueError(
-            f"No pair has a gap to be recovered: for the first, {reasons[0]}. Choose prompts between which the model's "
-            "answer changes, check that the right answer belongs to the clean prompt, or lower min_gap."
+            f"No pair of {len(kept)} has a gap to be recovered: for the first, {reasons[0]}. Choose prompts between "
+            "which the model's answer changes, check that the right answer belongs to the clean prompt, or lower "
+            "min_gap."
         )
-    return pairs.keep(kept.tolist(), reasons), Baselines(clean[kept], corrupted[kept])
+    return pairs.keep(kept, reasons), kept
 
 
 def pair_infos(pairs: Pairs, baselines: Baselines) -> list[PairInfo]:

@@ -15,7 +15,7 @@ from techniques._activations import Reading
 from techniques._folds import METHODS, Method, cross_validate, one_vs_rest, predictions
 from techniques._results import number
 from techniques._stats import auroc, auroc_draws, balanced_accuracy_draws, percentiles, recalls
-from techniques._tokens import token_text
+from techniques._tokens import check_lists, plain, token_text
 
 SHOWN = 5  # names and tokens that are listed
 
@@ -102,10 +102,14 @@ def number_labels(labels: Sequence[Hashable], n: int) -> Labels:
     """Number the labels of n texts in their natural order.
 
     Raises:
-        ValueError: There are not n labels, or they are all the same.
+        ValueError: There are not n labels, one is not a number, or they are all the same.
     """
+    labels = plain(labels)
+    check_lists(labels=labels)
     if len(labels) != n:
         raise ValueError(f"labels has {len(labels)} entries for {n} texts; expected one for each.")
+    if missing := [i for i, label in enumerate(labels) if label != label]:
+        raise ValueError(f"Label {missing[0]} is {labels[missing[0]]}; expected a value. Leave the text out.")
     try:
         values = sorted(set(cast(Any, labels)))
     except TypeError:  # of several types
@@ -113,6 +117,15 @@ def number_labels(labels: Sequence[Hashable], n: int) -> Labels:
     if len(values) < 2:
         raise ValueError(f"All {n} labels are {values[0]!r}; expected at least two different labels.")
     return Labels([str(value) for value in values], torch.tensor([values.index(label) for label in labels]))
+
+
+def contradictions(reading: Reading, labels: Labels) -> list[str]:
+    """The warning for texts that stand under several labels, of which a probe can get one right at most."""
+    of_text: dict[tuple[int, ...], set[int]] = {}
+    for text, label in zip(reading.inputs(), labels.classes.tolist(), strict=True):
+        of_text.setdefault(text, set()).add(label)
+    n = sum(len(found) > 1 for found in of_text.values())
+    return [f"{n} of the texts stand under several labels, so no probe can be right about all of them."] if n else []
 
 
 def listed(names: set[Hashable]) -> str:

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from techniques._hooks import Change, HookPoint, editors, run
+from techniques._hooks import Change, HookPoint, Stop, editors, run
 from techniques._model import Decoder
-from techniques._taps import Placement, placed
+from techniques._taps import Placement, before, placed
 from techniques._tokens import Batch
 
 CACHES = ("past_key_values", "layer_past")  # what blocks call the argument through which they keep keys and values
@@ -35,16 +35,12 @@ class _Cache:
             key, value = torch.cat([self.before[0], key], 2), torch.cat([self.before[1], value], 2)
         self.kept = key, value
         if self.stop:
-            raise _Stop
+            raise Stop
         return key, value
 
     def get_seq_length(self, *_: Any) -> int:
         """How many positions stand before the new ones."""
         return 0 if self.before is None else self.before[0].shape[2]
-
-
-class _Stop(Exception):  # noqa: N818 - no error
-    """Ends a block of which only keys and values are wanted."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ def plain_run(model: PreTrainedModel, decoder: Decoder, batch: Batch, rows: list
     arguments: list[dict[str, Any]] = []
     caches = [_Cache() for _ in decoder.blocks]
 
-    def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def see(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         layer = len(arguments)
         # GradientCheckpointingLayer and taps stand before the block's own forward; its class still has the names.
         names = list(inspect.signature(type(decoder.blocks[layer]).forward).parameters)[1:]
@@ -85,7 +81,7 @@ def plain_run(model: PreTrainedModel, decoder: Decoder, batch: Batch, rows: list
         arguments.append(named)
         return (resid[-1],), named | {name: caches[layer] for name in CACHES if name in named}
 
-    with placed([Placement(block, True, before) for block in decoder.blocks]):
+    with placed([Placement(block, True, before(see)) for block in decoder.blocks]):
         ids = Batch(batch.input_ids[rows], batch.attention_mask[rows])
         resid.append(run(model, ids, stop_after=decoder.n_layers - 1))
     kept = {row: i for i, row in enumerate(rows)}
@@ -123,7 +119,7 @@ class Call:
     def read_only(self, resid: Tensor, window: Window, first: int) -> Tensor:
         """The block's output from position `first` on; of the positions before it only keys and values are needed."""
         cache = _Cache(self._before(window.start), stop=True)
-        with suppress(_Stop):
+        with suppress(Stop):
             self._run(resid, window, cache)
         assert cache.kept is not None  # or the block would have run to its end
         before = cache.kept[0][:, :, :first], cache.kept[1][:, :, :first]

@@ -72,6 +72,11 @@ def header(
     )
 
 
+def few(n: int, what: str) -> list[str]:
+    """The warning for a result whose intervals rest on one thing alone, such as a "prompt"."""
+    return [] if n > 1 else [f"The intervals rest on one {what}, so they have no width and say nothing about others."]
+
+
 def number(value: float | Tensor) -> float | None:
     """A number for JSON: rounded to DIGITS significant digits; None where it is not finite, as JSON knows no NaN."""
     value = float(value)
@@ -85,6 +90,15 @@ def numbers(array: Tensor) -> Any:
 
 def _nested(value: Any) -> Any:
     return [_nested(part) for part in value] if isinstance(value, list) else number(value)
+
+
+def check_file(path: str | Path | None) -> None:
+    """Raise a ValueError if what is to be a file is a folder; before the work, as it is written after it."""
+    if path is not None and Path(path).is_dir():
+        raise ValueError(
+            f"save is {str(path)!r}, which is a folder; expected the path of a file, such as "
+            f"{str(Path(path) / 'arrays.safetensors')!r}."
+        )
 
 
 def save_arrays(path: str | Path, arrays: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> ArrayFile:

@@ -24,6 +24,25 @@ def mean_interval(
     return sample.mean(0), *percentiles(means, level)
 
 
+def recovered_interval(
+    changes: Float[Tensor, "n *cells"], gaps: Float[Tensor, " n"], seed: int, n_boot: int = N_BOOT, level: float = LEVEL
+) -> tuple[Float[Tensor, "*cells"], Float[Tensor, "*cells"], Float[Tensor, "*cells"]]:
+    """Ratio of the mean change to the mean gap, with its percentile bootstrap interval over pairs: (ratio, low, high).
+
+    A ratio of means, so that a pair with a small gap does not count for more than one with a large gap. Numerator and
+    denominator share each resample. A resample whose mean gap is 0 has no ratio; it is left out, and if that is all of
+    them, everything is NaN.
+    """
+    changes, gaps = changes.detach().double().cpu(), gaps.detach().double().cpu()
+    weights = resamples(len(gaps), seed, n_boot)
+    below = weights @ gaps
+    weights, below = weights[below != 0], below[below != 0]
+    if not len(below):
+        return (torch.full(changes.shape[1:], torch.nan, dtype=torch.float64),) * 3
+    ratios = (weights @ changes.flatten(1)) / below[:, None]
+    return changes.sum(0) / gaps.sum(), *percentiles(ratios.reshape(-1, *changes.shape[1:]), level)
+
+
 def resamples(n: int, seed: int, n_boot: int = N_BOOT) -> Float[Tensor, "boot n"]:
     """How often each of n things is drawn in each bootstrap sample, so that resampled sums are one matrix product."""
     drawn = torch.randint(n, (n_boot, n), generator=torch.Generator().manual_seed(seed))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,11 +15,11 @@ from techniques._activations import points_of
 from techniques._batches import in_batches
 from techniques._directions import Direction, unit_vector
 from techniques._generation import continue_tokens
-from techniques._hooks import Change, HookPoint, check_sites, edit
+from techniques._hooks import Change, HookPoint, check_sites, edit, record
 from techniques._model import logits_at
 from techniques._results import number
 from techniques._stats import mean_interval
-from techniques._tokens import log_probs, pad
+from techniques._tokens import log_probs, pad, single_token_id
 
 MAX_TOKENS = 8192  # of a batch, padding included
 Positions = Literal["all", "prompt", "last", "response"]
@@ -140,10 +140,6 @@ def check_positions(positions: str) -> None:
         raise ValueError(f"positions is {positions!r}; expected one of {', '.join(POSITIONS)}.")
 
 
-def longest(ids: list[list[int]]) -> int:
-    return max(len(row) for row in ids)
-
-
 class NamedVector(NamedTuple):
     """A vector of a sweep."""
 
@@ -239,11 +235,12 @@ class Measure:
 
     def continued(self, point: HookPoint | None, vector: Float[Tensor, " d"] | None) -> list[list[int]]:
         """Greedy continuations of all prompts."""
-        push = {} if point is None or vector is None else {point: Push(vector, self.positions, longest(self.ids))}
-        with edit(self.model, push):
-            found = continue_tokens(
-                self.model, self.tokenizer, self.ids, max_new_tokens=self.max_new_tokens, temperature=0.0, seed=0
-            )
+
+        def push(longest: int) -> dict[HookPoint, Change]:
+            return {} if point is None or vector is None else {point: Push(vector, self.positions, longest)}
+
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": 0.0, "seed": 0}
+        found = continue_tokens(self.model, self.tokenizer, self.ids, edits=push, **options)
         return [row["token_ids"] for row in found]
 
     def perplexity(self, continuations: list[list[int]]) -> float | None:
@@ -271,3 +268,54 @@ class Measure:
 class _Written(TypedDict):
     n_changed: int | None
     perplexity: float | None
+
+
+def without(vector: Float[Tensor, " d"]) -> Change:
+    """Takes what lies along a unit vector away."""
+
+    def project_out(value: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+        unit = vector.to(value.device)
+        return (value.float() - (value.float() @ unit)[..., None] * unit).to(value.dtype)
+
+    return project_out
+
+
+@torch.inference_mode()
+def next_and_cosine(
+    model: PreTrainedModel, ids: list[list[int]], vector: Float[Tensor, " d"], edits: Mapping[HookPoint, Change]
+) -> tuple[Float[Tensor, "n d_vocab"], float]:
+    """Next-token logits under edits, and the largest |cosine| of the residual stream after any block."""
+    points = points_of(model, "resid_post", "all")
+
+    def run(which: list[int]) -> list[tuple[Float[Tensor, " d_vocab"], float]]:
+        batch = pad([ids[i] for i in which], "right", 0, model.device)
+        real = batch.attention_mask.bool()
+        last = torch.tensor([len(ids[i]) - 1 for i in which])
+
+        def keep(value: Float[Tensor, "batch pos d"]) -> Float[Tensor, " batch"]:
+            cosine = torch.nn.functional.cosine_similarity(value.float(), vector.to(value.device), dim=-1)
+            return cosine.abs().masked_fill(~real.to(value.device), 0).amax(1)
+
+        with edit(model, edits), record(model, points, keep) as seen:
+            logits = logits_at(model, batch, torch.arange(len(which)), last)
+        largest = torch.stack([seen[point].cpu() for point in points]).amax(0)
+        return list(zip(logits, largest.tolist(), strict=True))
+
+    found = in_batches([len(row) for row in ids], MAX_TOKENS, run)
+    return torch.stack([logits for logits, _ in found]), max(cosine for _, cosine in found)
+
+
+def word_sets(
+    tokenizer: PreTrainedTokenizerBase, targets: Sequence[str], against: Sequence[str]
+) -> tuple[list[int], list[int]]:
+    """Ids of the tokens that a metric asks for and of those that it compares them with.
+
+    Raises:
+        ValueError: A text is not one token, there are none, or both sides share one.
+    """
+    if isinstance(targets, str) or isinstance(against, str) or not targets:
+        raise ValueError(f"targets is {targets!r} and against {against!r}; expected lists of texts of one token each.")
+    asked, compared = ([single_token_id(tokenizer, text) for text in part] for part in (targets, against))
+    if set(asked) & set(compared):
+        raise ValueError(f"targets {list(targets)} and against {list(against)} share a token; expected different ones.")
+    return asked, compared

@@ -9,12 +9,12 @@ own. Of the last block only the positions that are read are computed, and only t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from techniques._batches import in_memory
 from techniques._hooks import Change, HookPoint, check_sites, eager_attention, find_site, record
 from techniques._model import Decoder, UnsupportedModelError, widths
 from techniques._replay import Call, PlainRun, Window, plain_run
@@ -57,8 +58,6 @@ class Variant:
     patches: Sequence[Patch]
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 Metric = Callable[[Float[Tensor, "variants d_vocab"], Int[Tensor, " variants"]], Tensor]
 
 
@@ -103,20 +102,40 @@ def sweep(
     with ExitStack() as stack:
         if any(_has_pattern(variant) for variant in moved):
             stack.enter_context(eager_attention(model))
-        for rows in _row_groups(decoder, moved, batch, budget):
-            mine = {i: variant for i, variant in enumerate(moved) if variant.row in rows}
-            with record(model, {patch.point for variant in mine.values() for patch in variant.patches}) as values:
-                plain = plain_run(model, decoder, batch, rows)
-            _check_replay(model, plain, reads)
-            jobs = _jobs(plain, mine, values, reads)
-            values.clear()
-            for found in _in_memory(partial(_run_jobs, plain), _chunks(plain, jobs, budget // 2)):
-                resid.update(found)
-            del plain  # before the next one is made
+        run_rows = partial(_run_rows, model, decoder, batch, moved, reads, budget)
+        for _, found in in_memory(run_rows, _row_groups(decoder, moved, batch, budget), _alone):
+            resid.update(found)
     rows = [variant.row for variant in variants]
     size = max(1, budget // (16 * decoder.d_vocab * _itemsize(decoder)))
     chunks = [list(range(len(variants)))[start : start + size] for start in range(0, len(variants), size)]
-    return torch.cat(list(_in_memory(partial(_decode, decoder, resid, rows, metric), chunks)))
+    decoded = in_memory(partial(_decode, decoder, resid, rows, metric), chunks, _alone)
+    return torch.cat([found for _, found in decoded])
+
+
+def _run_rows(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    batch: Batch,
+    variants: Sequence[Variant],
+    reads: Sequence[int],
+    budget: int,
+    rows: Sequence[int],
+) -> dict[int, Float[Tensor, " d_model"]]:
+    """The stream after the last block where each variant of some prompts is read, by the variant's index."""
+    mine = {i: variant for i, variant in enumerate(variants) if variant.row in rows}
+    with record(model, {patch.point for variant in mine.values() for patch in variant.patches}) as values:
+        plain = plain_run(model, decoder, batch, list(rows))
+    _check_replay(model, plain, reads)
+    jobs = _jobs(plain, mine, values, reads)
+    values.clear()
+    resid: dict[int, Tensor] = {}
+    for _, found in in_memory(partial(_run_jobs, plain), _chunks(plain, jobs, budget // 2), _alone):
+        resid.update(found)
+    return resid
+
+
+def _alone(_: object) -> str:
+    return "One variant of one prompt"
 
 
 def _decode(
@@ -323,33 +342,6 @@ def _index(patch: Patch, positions: Any) -> tuple[Any, ...]:
 # Chunks of jobs.
 
 
-def _in_memory(work: Callable[[Sequence[Item]], Result], chunks: Sequence[Sequence[Item]]) -> Iterator[Result]:
-    """The result of each chunk in turn; a chunk that does not fit into memory is halved, and so are those after it.
-
-    Raises:
-        MemoryError: A chunk of one does not fit.
-    """
-    waiting = list(reversed(chunks))
-    limit = max(len(chunk) for chunk in chunks)
-    while waiting:
-        chunk = waiting.pop()
-        if len(chunk) <= limit:
-            try:
-                yield work(chunk)
-                continue
-            except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        if len(chunk) == 1:
-            raise MemoryError(
-                "One variant of one prompt does not fit into memory beside the model. Shorten the prompt, or free some."
-            )
-        limit = min(limit, (len(chunk) + 1) // 2)
-        waiting += [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
-
-
 def _chunks(plain: PlainRun, jobs: Sequence[_Job], budget: int) -> list[list[_Job]]:
     """The cheapest of some ways to run the jobs in chunks that fit the budget."""
     length = plain.resid_pre[0].shape[1]
@@ -411,6 +403,7 @@ def _check_replay(model: PreTrainedModel, plain: PlainRun, reads: Sequence[int])
     if not gap <= max(1e-3, 16 * torch.finfo(before.dtype).eps) * size:
         raise UnsupportedModelError(
             f"The blocks of this model, called a second time, differ by up to {gap:.3g} from the first time, where the "
-            f"largest value is {size:.3g}; expected no difference. Its blocks share more than their arguments say."
+            f"largest value is {size:.3g}; expected no difference. Its blocks share more than their arguments say; "
+            "those of an 8-bit model do unless it is loaded with llm_int8_threshold=0."
         )
     _replayed[model] = proven

@@ -6,7 +6,7 @@ padding side and its pad token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, cast
 
@@ -49,12 +49,49 @@ def check_lists(**lists: object) -> None:
             raise ValueError(f"{name} is the string {given!r}; expected a list of strings. Put it in a list.")
 
 
+def texts_of(given: str | Sequence[str]) -> list[str]:
+    """One text or several as a list.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise ValueError(f"The text is {given!r}; expected a string or a list of strings.")
+    return list(given)
+
+
+def plain(given: Any) -> Any:
+    """Numbers, arrays and tensors of numpy and torch as Python's own, also inside a list or tuple."""
+    if isinstance(given, list | tuple):
+        return type(given)(plain(part) for part in given)
+    return given.tolist() if hasattr(given, "tolist") else given
+
+
+def whole_numbers(name: str, given: object) -> list[int]:
+    """A whole number or several, also numpy's or torch's, as a list.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    values = plain(given)
+    several = [values] if isinstance(values, int) else values
+    if not isinstance(several, list | tuple | range) or any(type(value) is not int for value in several):
+        raise ValueError(f"{name} is {given!r}; expected whole numbers, as 1 or [0, 1].")
+    return list(several)
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, with the special tokens that the tokenizer adds by default.
 
     Raises:
-        ValueError: There is no text, or one has no tokens.
+        ValueError: There is no text, or one is no string or has no tokens.
     """
+    check_lists(texts=texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"The text {text!r} is of type {type(text).__name__}; expected a string.")
     if not texts:
         raise ValueError("The list of texts is empty; expected at least one text. Pass a string or a list of strings.")
     encoded = [list(tokenizer(text)["input_ids"]) for text in texts]

@@ -35,7 +35,7 @@ def variant_metrics(
     return sweep(model, batch, variants, measure)
 
 
-def site_value(value: Tensor, point: HookPoint, row: int, positions: Sequence[int], head: int | None) -> Tensor:
-    """[positions, ...] of one row, of one head or of all that the site holds; a pattern has its heads first."""
-    index: tuple[Any, ...] = (row, positions) if head is None else (row, positions, head)
-    return value[row, head][positions] if point.site == "pattern" else value[index]
+def site_value(value: Tensor, point: HookPoint, positions: Sequence[int], head: int | None) -> Tensor:
+    """[positions, ...] of one prompt's value, of one head or of all that it holds; a pattern has its heads first."""
+    index: tuple[Any, ...] = (positions,) if head is None else (positions, head)
+    return value[head][positions] if point.site == "pattern" else value[index]

@@ -10,24 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, cast
+from typing import Literal, TypedDict
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from techniques._hooks import HookPoint, record, run
-from techniques._model import Decoder, find_decoder
-from techniques._nodes import Node, layer_nodes, parse_node
+from techniques._activations import prompt_values, token_means
+from techniques._components import Component, parse_component, parse_components
+from techniques._hooks import HookPoint
+from techniques._model import find_decoder
+from techniques._nodes import Node
 from techniques._pairs import METRICS, encode_pairs, pair_metrics
-from techniques._results import Header, header, number
+from techniques._results import Header, few, header, number
 from techniques._stats import N_BOOT, mean_interval
 from techniques._sweep import Patch, Variant
 from techniques._tokens import check_context, check_lists, encode, pad
 from techniques._variants import variant_metrics
-
-Component = str | tuple[str | int, ...]
 
 Mode = Literal["resample", "mean", "mean_position", "zero"]
 Fill = Callable[[HookPoint, int, int], Tensor]
@@ -137,6 +137,7 @@ def ablate(
         ValueError: An unknown component or mode; prompts or answers that do not fit (see the message); no reference
             prompt to draw from; logits that are not finite; a model in train mode.
         UnsupportedModelError: The model is built in a way that is not understood.
+        MemoryError: A single prompt does not fit in memory; a batch that does not is halved.
 
     Misleads:
         Zero is far from anything the model ever sees, so zero ablation breaks parts that do nothing for the task. A
@@ -194,6 +195,7 @@ def ablate_sweep(
     Raises:
         ValueError: As for `ablate`.
         UnsupportedModelError: The model is built in a way that is not understood.
+        MemoryError: A single prompt does not fit in memory; a batch that does not is halved.
 
     Misleads:
         As `ablate`. Components that stand in for each other each look dispensable; ablate them together to see it.
@@ -301,24 +303,31 @@ def _replacement(
 ) -> Fill:
     """What a site is overwritten with, as a function of (point, prompt, draw)."""
     _check_references(prompts, references, given)
-    batch = pad(references, "right", 0, model.device)
-    with record(model, points) as values:
-        run(model, batch)
     if given.mode == "resample":
         drawn = _draw(prompts, references, given)
-        return lambda point, row, draw: values[point][drawn[row][draw], : len(prompts[row])]
-    means = {point: _mean(value, batch.attention_mask, given.mode) for point, value in values.items()}
+        values = prompt_values(model, references, points, lambda value: value)
+        return lambda point, row, draw: values[drawn[row][draw]][point]
+    means = _means(model, points, references, given.mode)
     return lambda point, row, _: means[point][: len(prompts[row])].expand(len(prompts[row]), *means[point].shape[1:])
 
 
-def _mean(value: Float[Tensor, "batch pos *site"], mask: Int[Tensor, "batch pos"], mode: str) -> Float[Tensor, "..."]:
-    """[pos, *site] for "mean_position", else [1, *site]."""
+def _means(
+    model: PreTrainedModel, points: set[HookPoint], references: list[list[int]], mode: Mode
+) -> dict[HookPoint, Float[Tensor, "pos *site"]]:
+    """Of each point by position for "mean_position", else at one position that stands for all."""
+    if mode == "mean_position":
+        rows = prompt_values(model, references, points, lambda value: value)
+        return {point: _mean_by_position([row[point] for row in rows]) for point in points}
     if mode == "zero":
-        return torch.zeros_like(value[0, :1])
-    weights = mask.to(value).reshape(*mask.shape, *(1,) * (value.dim() - 2))
-    over = (0,) if mode == "mean_position" else (0, 1)
-    mean = (value * weights).sum(over) / weights.sum(over)
-    return mean if mode == "mean_position" else mean[None]
+        rows = prompt_values(model, references[:1], points, lambda value: value[:1])
+        return {point: torch.zeros_like(value) for point, value in rows[0].items()}
+    return {point: mean[None] for point, mean in token_means(model, references, points).items()}
+
+
+def _mean_by_position(rows: list[Float[Tensor, "pos *site"]]) -> Float[Tensor, "pos *site"]:
+    total = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).sum(0)
+    counts = torch.tensor([sum(len(row) > position for row in rows) for position in range(len(total))])
+    return total / counts.to(total).reshape(-1, *(1,) * (total.dim() - 1))
 
 
 def _draw(prompts: list[list[int]], references: list[list[int]], given: _Given) -> list[list[int]]:
@@ -359,9 +368,12 @@ def _reference(given: _Given, texts: list[str]) -> Reference:
 
 
 def _warnings(given: _Given, references: list[list[int]]) -> list[str]:
+    found = []
     if given.mode == "mean_position" and len({len(ids) for ids in references}) > 1:
-        return ["The reference prompts differ in length, so a position's mean mixes different places of the sentence."]
-    return []
+        found.append(
+            "The reference prompts differ in length, so a position's mean mixes different places of the sentence."
+        )
+    return found + few(len(given.prompts), "prompt")
 
 
 def _row(
@@ -384,46 +396,3 @@ def _change(before: Float[Tensor, " n"], after: Float[Tensor, " n"], given: _Giv
         low=number(low),
         high=number(high),
     )
-
-
-# ---------------------------------------------------------------------------------------------- components
-
-
-def parse_components(decoder: Decoder, components: str | Sequence[Component]) -> list[Node]:
-    """The nodes of "heads", "mlps" or "heads+mlps", or of a list of names or tuples.
-
-    Raises:
-        ValueError: A component is unknown; the message says which ones there are.
-    """
-    if isinstance(components, str):
-        return layer_nodes(decoder, cast(Any, components))
-    return [parse_component(decoder, component) for component in components]
-
-
-def parse_component(decoder: Decoder, component: Component) -> Node:
-    """The node of "a0.h1" or ("head", 0, 1), or of "m2" or ("mlp", 2).
-
-    Raises:
-        ValueError: The model has no such component; the message says which ones there are.
-    """
-    node = parse_node(component_name(component))
-    if node is None or node not in layer_nodes(decoder):
-        raise ValueError(
-            f"The component {component!r} is not known; expected a head from a0.h0 to a{decoder.n_layers - 1}.h"
-            f"{decoder.n_heads - 1} or an MLP from m0 to m{decoder.n_layers - 1}."
-        )
-    return node
-
-
-def component_name(component: Component) -> str:
-    """The name of what may be given as a tuple, such as ("head", 0, 1)."""
-    if isinstance(component, str):
-        return component
-    patterns = {
-        ("head", 3): "a{}.h{}",
-        ("mlp", 2): "m{}",
-        ("head", 4): "a{}.h{}<{}>",
-        ("resid_post", 2): "resid_post.{}",
-    }
-    pattern = patterns.get((str(component[0]), len(component)))
-    return pattern.format(*component[1:]) if pattern else str(component)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from techniques._attention import Score, choose, score
 from techniques._batches import in_batches
 from techniques._hooks import HookPoint, check_sites, record, run
-from techniques._results import ArrayFile, Header, header, number, numbers, save_arrays
+from techniques._results import ArrayFile, Header, check_file, few, header, number, numbers, save_arrays
 from techniques._tokens import check_context, check_lists, encode, pad, single_token_id, token_text
 
 MAX_NUMBERS = 100_000  # of patterns in one result; more go to a file
@@ -105,8 +105,8 @@ def attention_patterns(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
+    heads: int | Sequence[int] | None = None,
     save: str | Path | None = None,
 ) -> AttentionPatterns:
     """Read the attention patterns of a text: which earlier tokens each head looks at from each token.
@@ -126,7 +126,9 @@ def attention_patterns(
     Raises:
         UnsupportedModelError: Attention was not found, or does not return its pattern.
         ValueError: The model is in train mode, the text has no tokens or does not fit the context, a layer or head does
-            not exist, the weights are not finite, or the patterns are too many for a result without `save`.
+            not exist, the weights are not finite, the patterns are too many for a result without `save`, or `save` is a
+            folder.
+        MemoryError: The text's patterns do not fit in memory; choose fewer layers, or shorten it.
 
     Misleads: Attention to a token is not use of it: its value vector may be small or ignored. Much attention to the
         first token often means that a head found nothing to do. See `attention_knockout` for causes.
@@ -136,6 +138,7 @@ def attention_patterns(
     Example:
         attention_patterns(model, tokenizer, " river stone cloud metal river stone cloud metal", layers=[0, 1])
     """
+    check_file(save)
     decoder = check_sites(model)
     if not isinstance(text, str):
         raise ValueError(f"text is {text!r}; expected one string. Call attention_patterns once for each text.")
@@ -150,8 +153,13 @@ def attention_patterns(
             f"{MAX_NUMBERS} in a result. Choose layers or heads, or pass save= with the path of a file."
         )
     points = [HookPoint("pattern", layer) for layer in which]
-    with record(model, points, keep=lambda pattern: pattern[0, who].float().cpu()) as found:
-        run(model, pad(ids, "right", 0, model.device), stop_after=max(which))
+
+    def read(_: list[int]) -> list[dict[HookPoint, Float[Tensor, "head query key"]]]:
+        with record(model, points, keep=lambda pattern: pattern[0, who].float().cpu()) as seen:
+            run(model, pad(ids, "right", 0, model.device), stop_after=max(which))
+        return [seen]
+
+    (found,) = in_batches([len(ids[0])], MAX_TOKENS, read)
     per_group = decoder.n_heads // decoder.n_kv_heads
     file = save_arrays(save, {f"layer_{point.layer}": found[point] for point in points}) if save else None
     return AttentionPatterns(
@@ -271,7 +279,7 @@ def head_scores(
     length = len(ids[0])
     uniform = at_edges((torch.ones(length, length).tril() / torch.arange(1, length + 1)[:, None])[None, None])
     return HeadScores(
-        **header(model, "head_scores", n=n, seed=seed),
+        **header(model, "head_scores", n=n, seed=seed, warnings=few(n, "sequence")),
         seq_len=seq_len,
         n_prefix=len(prefix),
         rows=rows,

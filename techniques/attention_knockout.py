@@ -6,7 +6,7 @@ https://arxiv.org/abs/2304.14767
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypedDict, cast
 
 import torch
@@ -15,11 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._attention import Score, choose, knocked_out, score
+from techniques._batches import in_batches
 from techniques._hooks import check_sites
 from techniques._model import UnsupportedModelError, logits_at
 from techniques._pairs import last_positions, span_positions
-from techniques._results import Header, header, number
-from techniques._tokens import answer_ids, check_context, encode, pad, resolve_position, token_text
+from techniques._results import Header, few, header, number
+from techniques._tokens import answer_ids, check_context, encode, pad, plain, resolve_position, texts_of, token_text
+
+MAX_TOKENS = 8192  # of a batch, padding included
 
 Where = int | str | Sequence[int] | Sequence[str]
 
@@ -92,11 +95,11 @@ class _Edges(NamedTuple):
     keys: list[list[int]]
     control: list[list[int]] | None
 
-    def mask(self, keys: list[list[int]], size: int) -> Bool[Tensor, "batch 1 query key"]:
-        """True where a query must not see a key."""
-        cut = torch.zeros(len(keys), 1, size, size, dtype=torch.bool)
-        for row, (queries, hidden) in enumerate(zip(self.queries, keys, strict=True)):
-            cut[row, 0, torch.tensor(queries)[:, None], torch.tensor(hidden, dtype=torch.long)] = True
+    def mask(self, keys: list[list[int]], which: list[int], size: int) -> Bool[Tensor, "batch 1 query key"]:
+        """True where a query of the chosen prompts must not see a key."""
+        cut = torch.zeros(len(which), 1, size, size, dtype=torch.bool)
+        for row, i in enumerate(which):
+            cut[row, 0, torch.tensor(self.queries[i])[:, None], torch.tensor(keys[i], dtype=torch.long)] = True
         return cut
 
 
@@ -128,8 +131,8 @@ def attention_knockout(
     queries: Where = -1,
     grain: Literal["layer", "head"] = "layer",
     window: int = 1,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
+    heads: int | Sequence[int] | None = None,
     seed: int = 0,
 ) -> AttentionKnockout:
     """Cut attention from some positions to others, layer by layer or head by head, and measure what the answer loses.
@@ -162,11 +165,12 @@ def attention_knockout(
         ValueError: The model is in train mode, a prompt has no tokens or does not fit the context, the answers are not
             two different single tokens, a position, span, layer or head does not exist, no key lies at or before a
             query, a query has no key left, the window or grain is out of range, or a logit is not finite.
+        MemoryError: A single prompt does not fit in memory; a batch that does not is halved.
 
     Misleads: Information that takes two steps passes by a cut of one; and a wide window finds an effect that no single
         layer has. Look at the control: cutting any token may hurt. Effects of single cuts do not add up.
 
-    Cost: 2 forwards per layer (or head) tried, all prompts in one batch; about 0.1 s on the demo model.
+    Cost: 2 forwards of all prompts per layer (or head) tried; about 0.1 s on the demo model.
 
     Example:
         landmarks = ["Eiffel Tower", "Louvre Museum", "Trevi Fountain", "Borghese Gallery"]
@@ -175,7 +179,7 @@ def attention_knockout(
         attention_knockout(model, tokenizer, prompts, answers, keys=landmarks)
     """
     decoder = check_sites(model)
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = texts_of(prompts)
     ids = encode(tokenizer, texts)
     check_context(model, ids)
     chosen = answer_ids(tokenizer, answers, len(texts))
@@ -185,9 +189,12 @@ def attention_knockout(
     edges = _edges(tokenizer, texts, ids, queries, keys, seed)
 
     def diffs(cut: _Cut, hidden: list[list[int]]) -> Float[Tensor, " n"]:
-        return _logit_diffs(model, ids, chosen, cut.masks(edges.mask(hidden, max(map(len, ids))), decoder.n_heads))
+        def masks(which: list[int], size: int) -> dict[int, Bool[Tensor, "batch heads query key"]]:
+            return cut.masks(edges.mask(hidden, which, size), decoder.n_heads)
 
-    clean = _logit_diffs(model, ids, chosen, {})
+        return _logit_diffs(model, ids, chosen, masks)
+
+    clean = _logit_diffs(model, ids, chosen, lambda *_: {})
 
     def row(cut: _Cut) -> KnockoutRow:
         after = diffs(cut, edges.keys)
@@ -249,6 +256,7 @@ def _positions(
     tokenizer: PreTrainedTokenizerBase, name: str, where: Where, texts: list[str], ids: list[list[int]]
 ) -> list[list[int]]:
     """For each prompt, the positions that `where` means."""
+    where = plain(where)
     if isinstance(where, str):
         where = [where] * len(texts)
     values = [where] if isinstance(where, int) else list(where)
@@ -315,14 +323,22 @@ def _logit_diffs(
     model: PreTrainedModel,
     ids: list[list[int]],
     chosen: Int[Tensor, "n 2"],
-    masks: dict[int, Bool[Tensor, "batch heads query key"]],
+    masks: Callable[[list[int], int], dict[int, Bool[Tensor, "batch heads query key"]]],
 ) -> Float[Tensor, " n"]:
-    """logit(answer) - logit(wrong) at each prompt's last token while attention is masked, on the CPU."""
-    with knocked_out(model, masks):
-        batch = pad(ids, "right", 0, model.device)
-        logits = logits_at(model, batch, torch.arange(len(ids)), last_positions(ids))
-    answer, wrong = logits.double().gather(-1, chosen.to(logits.device)).cpu().unbind(-1)
-    return answer - wrong
+    """logit(answer) - logit(wrong) at each prompt's last token while attention is masked, on the CPU.
+
+    `masks` says where, for a batch of prompts that is so many tokens wide.
+    """
+
+    def run(which: list[int]) -> list[Float[Tensor, ""]]:
+        rows = [ids[i] for i in which]
+        with knocked_out(model, masks(which, max(map(len, rows))), which):
+            batch = pad(rows, "right", 0, model.device)
+            logits = logits_at(model, batch, torch.arange(len(rows)), last_positions(rows))
+        answer, wrong = logits.double().gather(-1, chosen[which].to(logits.device)).cpu().unbind(-1)
+        return list(answer - wrong)
+
+    return torch.stack(in_batches([len(row) for row in ids], MAX_TOKENS, run))
 
 
 def _is_same(diffs: Float[Tensor, " n"], clean: Float[Tensor, " n"]) -> bool:
@@ -330,11 +346,15 @@ def _is_same(diffs: Float[Tensor, " n"], clean: Float[Tensor, " n"]) -> bool:
 
 
 def _warnings(edges: _Edges, *, is_null: bool) -> list[str]:
-    notes = []
+    notes, alone = [], few(len(edges.keys), "prompt")
     if is_null:
         notes.append("Cutting these edges in all layers changes nothing: no attention flows along them.")
     if edges.control is None:
-        return [*notes, "A prompt has no other token between its first one and the queries, so there is no control."]
+        return [
+            *notes,
+            "A prompt has no other token between its first one and the queries, so there is no control.",
+            *alone,
+        ]
     n_short = sum(len(other) < len(keys) for other, keys in zip(edges.control, edges.keys, strict=True))
     short = f"In {n_short} prompts the control cuts fewer keys, as there are not as many others."
-    return [*notes, short] if n_short else notes
+    return [*notes, *([short] if n_short else []), *alone]

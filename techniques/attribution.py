@@ -7,16 +7,18 @@ scalable method for localizing LLM behaviour to components" (2024), https://arxi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
-from typing import Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from techniques._batches import in_batches
 from techniques._contrast import (
@@ -37,11 +39,12 @@ from techniques._pairs import (
     encode_pairs,
     position_columns,
 )
-from techniques._results import Header, header, number
+from techniques._results import Header, few, header, number
 from techniques._stats import mean_interval
 from techniques._tokens import Batch
 
 Direction = Literal["denoise", "noise"]
+TOKENS_TOGETHER = 128  # of both sides of a batch, up to which a pass takes as long as reading the weights does
 
 
 class AttributedCell(TypedDict):
@@ -167,7 +170,8 @@ def attribution_patching(
     answer, and effects of opposite sign can cancel over positions; so a small score is no proof of no effect. Look at
     `check`, and confirm what you report with activation_patching.
 
-    Cost: 2 forwards and 1 backward of all pairs, plus `verify` forwards; about 0.1 s on the demo model.
+    Cost: 1 forward of both prompts of all pairs and 1 backward of one of them, plus `verify` forwards; about 0.1 s on
+        the demo model.
 
     Example:
         prompt = "When Mary and John went to the store, {} gave a drink to"
@@ -192,8 +196,9 @@ def attribution_patching(
     gap = (clean - corrupted)[kept].mean() * (1 if direction == "denoise" else -1)
     rows = _rows(torch.stack(scores), components, columns, float(gap), seed)
     check = _verify(task, components, columns, rows, verify, seed) if verify else None
+    n = len(contrast.pairs)
     return AttributionPatching(
-        **header(model, "attribution_patching", n=len(contrast.pairs), seed=seed),
+        **header(model, "attribution_patching", n=n, seed=seed, warnings=few(n, "pair")),
         direction=direction,
         clean_logit_diff=number(clean[kept].mean()),
         corrupted_logit_diff=number(corrupted[kept].mean()),
@@ -227,22 +232,81 @@ def _components(decoder: Decoder, points: list[HookPoint]) -> list[_Component]:
 
 
 def _estimate(task: _Task, which: list[int]) -> list[_Scored]:
-    """The scores of some pairs."""
-    contrast, model = task.contrast, task.contrast.model
+    """The scores of some pairs; few tokens are run together, so that the weights are read for both sides at once."""
+    n = len(which)
     patched, donor = task.batches(which)
-    with torch.no_grad(), record(model, task.points) as given:
-        donor_diff = contrast.logit_diffs(donor, which)
-    start = {HookPoint("resid_pre", 0): as_leaf}
-    with frozen(model), edit(model, start), record(model, task.points) as own:
-        diff = contrast.logit_diffs(patched, which)
-        gradients = torch.autograd.grad(diff.sum(), [own[point] for point in task.points])
+    if 2 * patched.input_ids.numel() <= TOKENS_TOGETHER:
+        both = (torch.cat([getattr(side, name) for side in (patched, donor)]) for name in Batch.__annotations__)
+        with _gradients_of_first(task.contrast.model, n):
+            diffs, values, gradients = _gradients(task, Batch(*both), [*which, *which])
+        diff, donor_diff = diffs[:n], diffs[n:]
+        given = {point: value[n:] for point, value in values.items()}
+    else:
+        with torch.no_grad(), record(task.contrast.model, task.points) as given:
+            donor_diff = task.contrast.logit_diffs(donor, which)
+        diff, values, gradients = _gradients(task, patched, which)
     parts = []
     for point, gradient in zip(task.points, gradients, strict=True):
-        part = ((given[point] - own[point].detach()) * gradient).sum(-1, dtype=torch.float32)  # [batch, pos (, heads)]
+        moved = (given[point] - values[point][:n]).detach()
+        part = (moved * gradient[:n]).sum(-1, dtype=torch.float32)  # [batch, pos (, heads)]
         parts.append(part if part.dim() == 3 else part[..., None])
+    ends = (donor_diff, diff) if task.direction == "denoise" else (diff, donor_diff)
     scores = torch.cat([part.cpu() for part in parts], -1)
-    diffs = (donor_diff, diff.detach()) if task.direction == "denoise" else (diff.detach(), donor_diff)
-    return [_Scored(*values) for values in zip(*(d.cpu() for d in diffs), scores, strict=True)]
+    return [_Scored(*row) for row in zip(*(end.cpu() for end in ends), scores, strict=True)]
+
+
+def _gradients(
+    task: _Task, batch: Batch, which: list[int]
+) -> tuple[Float[Tensor, " n"], dict[HookPoint, Tensor], tuple[Tensor, ...]]:
+    """Logit differences of prompts, the values at each point, and the first pairs' gradients with respect to them."""
+    model, n = task.contrast.model, len(set(which))
+    start = {HookPoint("resid_pre", min(point.layer for point in task.points)): as_leaf}
+    with frozen(model), edit(model, start), record(model, task.points) as values:
+        diffs = task.contrast.logit_diffs(batch, which)
+        gradients = torch.autograd.grad(diffs[:n].sum(), [values[point] for point in task.points])
+    return diffs.detach(), values, gradients
+
+
+class _Product(torch.autograd.Function):
+    """A linear map of all rows of a batch whose gradient is computed for the first ones, and is zero for the others."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "batch pos d_in"], linear: Callable[[Tensor], Tensor], weight: Tensor, n: int
+    ) -> Float[Tensor, "batch pos d_out"]:
+        ctx.weight, ctx.n, ctx.shape = weight, n, x.shape
+        return linear(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient = gradients[0].new_zeros(ctx.shape)
+        gradient[: ctx.n] = gradients[0][: ctx.n] @ ctx.weight.to(gradient.dtype)
+        return gradient, None, None, None
+
+
+@contextmanager
+def _gradients_of_first(model: PreTrainedModel, n: int) -> Iterator[None]:
+    """Spare the gradients' matrix products for a batch's other half: no row's logits depend on another row.
+
+    Plain linear maps with frozen weights only; of any other module, all rows have their gradients as ever.
+    """
+    plain = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+    maps = [module for module in plain if "forward" not in module.__dict__]  # accelerate's own, where sharded
+    try:
+        for module in maps:
+            module.__dict__["forward"] = partial(_product, module, module.forward, n)
+        yield
+    finally:
+        for module in maps:
+            module.__dict__.pop("forward", None)
+
+
+def _product(module: nn.Module, linear: Callable[[Tensor], Tensor], n: int, x: Tensor) -> Tensor:
+    if x.dim() != 3 or len(x) != 2 * n:  # experts get lists of tokens
+        return linear(x)
+    weight = cast(Tensor, module.weight)  # [d_out d_in], of a Conv1D [d_in d_out]
+    product: Any = _Product  # torch leaves its `apply` without types
+    return cast(Tensor, product.apply(x, linear, weight if isinstance(module, nn.Linear) else weight.T, n))
 
 
 def _at_columns(scores: Float[Tensor, "pos components"], pair: int, columns: list[Column]) -> Tensor:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from techniques._batches import in_batches
-from techniques._generation import Completion, Continuation, check_options, continue_tokens, prompt_ids
+from techniques._generation import Completion, check_options, continue_tokens, prompt_ids
 from techniques._results import Header, header
-from techniques._tokens import check_context, check_lists
+from techniques._tokens import check_lists
 
 
 class GeneratedBatch(Header):
@@ -78,29 +75,18 @@ def batch_generate(
     if max_batch_tokens < 1:
         raise ValueError(f"max_batch_tokens is {max_batch_tokens}; expected at least 1.")
     ids = prompt_ids(tokenizer, list(prompts), chat, system)
-    check_context(model, ids, max_new_tokens)
-    seeds = _stream_seeds(ids, seed)
-
-    def run(batch: list[int]) -> list[Continuation]:
-        rows, streams = [ids[i] for i in batch], [seeds[i] for i in batch]
-        return continue_tokens(
-            model, tokenizer, rows, max_new_tokens=max_new_tokens, temperature=temperature, seed=streams
-        )
-
-    new = in_batches([len(row) + max_new_tokens for row in ids], max_batch_tokens, run)
+    new = continue_tokens(
+        model,
+        tokenizer,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        max_tokens=max_batch_tokens,
+    )
     return GeneratedBatch(
         **header(model, "batch_generate", n=len(ids), seed=seed if temperature else None),
         completions=[Completion(prompt=text, **written) for text, written in zip(prompts, new, strict=True)],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
-
-
-def _stream_seeds(ids: Sequence[Sequence[int]], seed: int) -> list[int]:
-    seen: Counter[tuple[int, ...]] = Counter()
-    seeds = []
-    for row in ids:
-        digest = hashlib.sha256(repr((seed, seen[tuple(row)], list(row))).encode()).digest()
-        seeds.append(int.from_bytes(digest[:8], "big") >> 1)
-        seen[tuple(row)] += 1
-    return seeds

@@ -7,12 +7,13 @@ new readability formulas for Navy enlisted personnel" (1975), https://stars.libr
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import torch
 
-from techniques._results import number
+from techniques._results import few, number
 from techniques._stats import mean_interval
 
 SHORT = 100  # words; formulas for readability were fitted on passages of about this length
@@ -166,7 +167,7 @@ def lexical_register(
         )
     measures = {name: [row["per_100_words"][name] for row in rows] for name in lists}
     return LexicalRegister(
-        **_ratings("lexical_register", rows, seed),
+        **_ratings("lexical_register", rows, seed, few(_smallest(labels), "text of a group")),
         lexicons=lists,
         rows=rows,
         groups=_group_means(measures, labels, seed),
@@ -210,7 +211,7 @@ def readability(texts: Sequence[str], groups: Sequence[str] | None = None, seed:
     n_short = sum(row["n_words"] < SHORT for row in rows)
     short = f"{n_short} of {len(rows)} texts have fewer than {SHORT} words; single scores of them are unreliable."
     return Readability(
-        **_ratings("readability", rows, seed, [short] if n_short else []),
+        **_ratings("readability", rows, seed, [short] * bool(n_short) + few(_smallest(labels), "text of a group")),
         rows=rows,
         groups=_group_means(measures, labels, seed),
     )
@@ -275,6 +276,10 @@ def _syllables(word: str) -> int:
 
 def _ratings(technique: str, rows: Sequence[object], seed: int, warnings: Sequence[str] = ()) -> Ratings:
     return Ratings(technique=technique, version=1, n=len(rows), seed=seed, warnings=list(warnings))
+
+
+def _smallest(labels: Sequence[str]) -> int:
+    return min(Counter(labels).values())
 
 
 def _group_means(measures: Mapping[str, Sequence[float | None]], labels: Sequence[str], seed: int) -> list[GroupMean]:

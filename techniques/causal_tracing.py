@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from functools import partial
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from techniques._activations import prompt_values
+from techniques._batches import in_memory
 from techniques._hooks import HookPoint, check_sites, record, run
 from techniques._model import Decoder
 from techniques._pairs import span_positions
-from techniques._results import Header, header, number
+from techniques._results import Header, few, header, number
 from techniques._stats import N_BOOT, mean_interval
 from techniques._sweep import Patch, Variant
 from techniques._tokens import Batch, check_context, check_lists, encode, pad, single_token_id, token_text
@@ -143,6 +146,7 @@ def causal_tracing(
         ValueError: An unknown site; prompts, subjects or answers that do not fit (see the message); noise that lowers
             no answer's probability by `min_drop`; logits that are not finite; a model in train mode.
         UnsupportedModelError: The model is built in a way that is not understood.
+        MemoryError: A single prompt does not fit in memory; a batch that does not is halved.
 
     Misleads:
         Noise is far from anything the model was trained on and can break more than the fact; exchanging the subject
@@ -182,7 +186,7 @@ def causal_tracing(
     cells = [(site, layer) for site in sites for layer in range(decoder.n_layers)]
     restored = _restore(model, decoder, every, blurred, which, cells, width)
     return CausalTracing(
-        **header(model, "causal_tracing", n=len(which), seed=seed, warnings=_warnings(kept)),
+        **header(model, "causal_tracing", n=len(which), seed=seed, warnings=_warnings(kept, n_draws)),
         noise_std=number(std),
         n_draws=n_draws,
         window=width,
@@ -270,22 +274,36 @@ def _blur(
     generator = torch.Generator().manual_seed(seed)
     blurred = []
     for ids, subject in zip(prompts.ids, prompts.subjects, strict=True):
-        batch = pad([ids] * n_draws, "right", 0, model.device)
-        first = HookPoint("resid_pre", 0)
-        with _noisy(decoder.embed, subject, std, generator), record(model, [first]) as found:
-            run(model, batch, stop_after=0)
-        blurred.append(found[first][:, subject])
+        size = cast(int, decoder.embed.embedding_dim)
+        noise = torch.randn(n_draws, len(subject), size, generator=generator) * std
+        draws = in_memory(
+            partial(_blurred, model, decoder, ids, subject, noise), [range(n_draws)], lambda _: "A single draw"
+        )
+        blurred.append(torch.cat([part for _, part in draws]))
     return blurred
 
 
+def _blurred(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    ids: list[int],
+    subject: list[int],
+    noise: Float[Tensor, "n_draws subject d_embed"],
+    draws: Sequence[int],
+) -> Float[Tensor, "draws subject d_model"]:
+    first = HookPoint("resid_pre", 0)
+    with _noisy(decoder.embed, subject, noise[list(draws)]), record(model, [first]) as found:
+        run(model, pad([ids] * len(draws), "right", 0, model.device), stop_after=0)
+    return found[first][:, subject]
+
+
 @contextmanager
-def _noisy(embed: nn.Module, positions: list[int], std: float, generator: torch.Generator) -> Iterator[None]:
+def _noisy(embed: nn.Module, positions: list[int], noise: Float[Tensor, "draws positions d_embed"]) -> Iterator[None]:
     """Add noise to token embeddings; what the model makes of them before its first block is left to the model."""
 
     def add(_module: nn.Module, _args: Any, embedded: Tensor) -> Tensor:
         new = embedded.clone()
-        draw = torch.randn(len(new), len(positions), new.shape[-1], generator=generator) * std
-        new[:, positions] += draw.to(new)
+        new[:, positions] += noise.to(new)
         return new
 
     with ExitStack() as hooks:
@@ -312,10 +330,10 @@ def _restore(
     width: int,
 ) -> list[Float[Tensor, "cells pos draws"]]:
     """Probability of the answer with each place restored, for each prompt that is used."""
-    with record(model, [HookPoint(site, layer) for site in SITES for layer in range(decoder.n_layers)]) as clean:
-        run(model, prompts.batch, stop_after=decoder.n_layers - 1)
+    points = [HookPoint(site, layer) for site in dict(cells) for layer in range(decoder.n_layers)]
     restored = []
     for prompt in which:
+        (clean,) = prompt_values(model, [prompts.ids[prompt]], points, lambda value: value)
         n_draws, n_pos = len(blurred[prompt]), len(prompts.ids[prompt])
         variants = [
             Variant(
@@ -323,7 +341,7 @@ def _restore(
                 [
                     _noise(prompts, blurred, prompt, draw),
                     *(
-                        Patch(point, clean[point][prompt, [position]], [position])
+                        Patch(point, clean[point][[position]], [position])
                         for point in _window(site, layer, width, decoder.n_layers)
                     ),
                 ],
@@ -418,6 +436,7 @@ def _prompt_infos(
     ]
 
 
-def _warnings(kept: Tensor) -> list[str]:
+def _warnings(kept: Tensor, n_draws: int) -> list[str]:
     left_out = int((~kept).sum())
-    return [f"{left_out} prompts were left out, since the noise hardly lowers their answer."] if left_out else []
+    found = [f"{left_out} prompts were left out, since the noise hardly lowers their answer."] if left_out else []
+    return found + (few(n_draws, "draw of one prompt") if int(kept.sum()) == 1 else [])

@@ -11,79 +11,38 @@ import heapq
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
-import torch
-from jaxtyping import Bool
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._circuit_runs import (
     Faithfulness,
     Mode,
     Parts,
-    Runner,
-    Scale,
     edge_parts,
     node_parts,
     runner,
     scaled,
+)
+from techniques._circuit_tests import (
+    CurvePoint,
+    PartLoss,
+    RandomCircuits,
+    RandomNull,
+    areas,
+    completeness,
+    curve_of,
+    minimality,
+    null_of,
 )
 from techniques._contrast import Contrast
 from techniques._edges import graph_of
 from techniques._hooks import check_sites
 from techniques._nodes import layer_nodes, parse_node
 from techniques._pairs import ExcludedPair, encode_pairs
-from techniques._results import Header, header, number
+from techniques._results import Header, few, header, number
 from techniques._tokens import check_lists
 from techniques.eap import EdgeAttribution
 
 MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-MAX_MINIMALITY = 32  # parts of a circuit whose need is measured: its least important ones
-
-
-class RandomNull(TypedDict):
-    """Faithfulness of random circuits of the same size.
-
-    Attributes:
-        n: How many were drawn.
-        mean: Of their faithfulness.
-        low: 2.5th percentile.
-        high: 97.5th percentile.
-        p: Share of circuits, the tested one included, that are as faithful or more.
-    """
-
-    n: int
-    mean: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-
-
-class CurvePoint(TypedDict):
-    """Faithfulness of the first parts of a ranking.
-
-    Attributes:
-        k: Share of all parts.
-        n_parts: Their number.
-        faithfulness: Of the circuit of these parts.
-        null: Of random circuits of this size; None for the whole model, or if none were asked for.
-    """
-
-    k: float
-    n_parts: int
-    faithfulness: Faithfulness
-    null: RandomNull | None
-
-
-class PartLoss(TypedDict):
-    """What a circuit loses with one of its parts.
-
-    Attributes:
-        part: Its name.
-        loss: Faithfulness of the circuit minus that without the part.
-    """
-
-    part: str
-    loss: float | None
 
 
 class CircuitEvaluation(Header):
@@ -167,6 +126,7 @@ def evaluate_circuit(
         ValueError: A part does not exist or is named twice, an option is out of range, the pairs or answers can't be
             compared, or no pair has the gap.
         UnsupportedModelError: The model's attention can't be split into heads.
+        MemoryError: A single pair does not fit in memory; a batch that does not is halved.
 
     Misleads: Faithfulness may exceed 1, where parts that work against the answer are left out: read cmd beside cpr. It
     depends on the corrupted prompts, which decide what counts as knowing nothing. In circuits of nodes the embedding
@@ -189,13 +149,13 @@ def evaluate_circuit(
     names = list(circuit)[: _size(circuit, size)]
     contrast = Contrast(model, encode_pairs(model, tokenizer, pairs, answers))
     runs, scale = scaled(runner(contrast, parts, mode), min_gap, seed)
-    random = _Random(len(parts.names), seed)
+    random = RandomCircuits(len(parts.names), seed)
     chosen, everything = parts.mask(names), range(len(scale.full))
-    curve = _curve(runs, scale, list(circuit), ks, n_random, random)
+    curve = curve_of(runs, scale, list(circuit), ks, n_random, random)
     shares, values = [point["k"] for point in curve], [point["faithfulness"]["value"] or 0.0 for point in curve]
-    cpr, cmd = _areas(shares, values) if len(curve) > 1 and shares[-1] == 1 else (None, None)
+    cpr, cmd = areas(shares, values) if len(curve) > 1 and shares[-1] == 1 else (None, None)
     return CircuitEvaluation(
-        **header(model, "evaluate_circuit", n=len(scale.full), seed=seed),
+        **header(model, "evaluate_circuit", n=len(scale.full), seed=seed, warnings=few(len(scale.full), "pair")),
         level="nodes" if parts.nodes else "edges",
         mode=mode,
         circuit=names,
@@ -203,10 +163,10 @@ def evaluate_circuit(
         full_logit_diff=number(scale.full.mean()),
         empty_logit_diff=number(scale.empty.mean()),
         faithfulness=scale.faithfulness(runs.values(chosen[None], everything)[0]),
-        null=_null(runs, scale, chosen, n_random, random),
+        null=null_of(runs, scale, chosen, n_random, random),
         complement=number(scale.shares(runs.values(~chosen[None], everything))[0]),
-        completeness=_completeness(runs, scale, chosen, n_random, random),
-        minimality=_minimality(runs, scale, names),
+        completeness=completeness(runs, scale, chosen, n_random, random),
+        minimality=minimality(runs, scale, names),
         curve=curve,
         cpr=number(cpr) if cpr is not None else None,
         cmd=number(cmd) if cmd is not None else None,
@@ -242,90 +202,6 @@ def _size(circuit: Sequence[str], size: int | None) -> int:
     if not 1 <= size <= len(circuit):
         raise ValueError(f"size is {size}; expected 1 to {len(circuit)}, the number of names in the circuit.")
     return size
-
-
-class _Random:
-    """Random subsets, in the order in which they are asked for."""
-
-    def __init__(self, n: int, seed: int) -> None:
-        self.n = n
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def circuits(self, size: int, count: int) -> Bool[Tensor, "count parts"]:
-        order = torch.rand(count, self.n, generator=self.generator).argsort(-1)
-        return order.argsort(-1) < size
-
-    def half_of(self, circuit: Bool[Tensor, " parts"], count: int) -> Bool[Tensor, "count parts"]:
-        place = torch.rand(count, self.n, generator=self.generator).masked_fill(~circuit, 2.0).argsort(-1).argsort(-1)
-        return place < (int(circuit.sum()) + 1) // 2
-
-
-def _curve(
-    runs: Runner, scale: Scale, ranking: list[str], ks: Sequence[float], n_random: int, random: _Random
-) -> list[CurvePoint]:
-    if any(not 0 < k <= 1 for k in ks):
-        raise ValueError(f"ks is {list(ks)}; expected shares above 0 and up to 1.")
-    n_parts = len(runs.parts.names)
-    sizes = sorted({n_parts if k == 1 else max(1, round(k * n_parts)) for k in ks})
-    points = []
-    for size in sizes:
-        if size > len(ranking) and size < n_parts:
-            continue
-        chosen = runs.parts.mask(ranking[:size] if size < n_parts else runs.parts.names)
-        values = runs.values(chosen[None], range(len(scale.full)))[0]
-        points.append(
-            CurvePoint(
-                k=size / n_parts,
-                n_parts=size,
-                faithfulness=scale.faithfulness(values),
-                null=_null(runs, scale, chosen, n_random, random),
-            )
-        )
-    return points
-
-
-def _null(
-    runs: Runner, scale: Scale, circuit: Bool[Tensor, " parts"], n_random: int, random: _Random
-) -> RandomNull | None:
-    """Random circuits of a circuit's size; None if there is only one of that size."""
-    if not n_random or circuit.all():
-        return None
-    drawn = torch.cat([circuit[None], random.circuits(int(circuit.sum()), n_random)])
-    own, *others = scale.shares(runs.values(drawn, range(len(scale.full)))).double()
-    null = torch.stack(others)
-    low, high = null.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return RandomNull(
-        n=n_random,
-        mean=number(null.mean()),
-        low=number(low),
-        high=number(high),
-        p=number((1 + (null >= own).sum()) / (1 + n_random)),
-    )
-
-
-def _completeness(
-    runs: Runner, scale: Scale, circuit: Bool[Tensor, " parts"], n_random: int, random: _Random
-) -> float | None:
-    if not n_random:
-        return None
-    halves = random.half_of(circuit, n_random)
-    damaged = scale.shares(runs.values(torch.cat([circuit & ~halves, ~halves]), range(len(scale.full))))
-    return number((damaged[:n_random] - damaged[n_random:]).abs().mean())
-
-
-def _minimality(runs: Runner, scale: Scale, names: list[str]) -> list[PartLoss]:
-    tested = names[-MAX_MINIMALITY:]
-    circuits = torch.stack([runs.parts.mask(set(names) - {name}) for name in tested])
-    whole = runs.parts.mask(names)[None]
-    own, *without = scale.shares(runs.values(torch.cat([whole, circuits]), range(len(scale.full))))
-    return [PartLoss(part=name, loss=number(own - rest)) for name, rest in zip(tested, without, strict=True)]
-
-
-def _areas(shares: list[float], values: list[float]) -> tuple[float, float]:
-    """CPR and CMD by the trapezoid rule."""
-    x = torch.tensor(shares, dtype=torch.float64)
-    y = torch.tensor(values, dtype=torch.float64)
-    return float(torch.trapezoid(y, x)), float(torch.trapezoid((1 - y).abs(), x))
 
 
 # ---------------------------------------------------------------------------------------------- drawing circuits

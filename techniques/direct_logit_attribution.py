@@ -21,7 +21,7 @@ from techniques._lens import check_head
 from techniques._model import Decoder, UnsupportedModelError, logits_at
 from techniques._nodes import frozen_norm, head_outputs
 from techniques._pairs import metric_values
-from techniques._results import Header, header, number
+from techniques._results import Header, few, header, number
 from techniques._stats import mean_interval
 from techniques._tokens import check_context, check_lists, encode, pad, single_token_id
 
@@ -73,6 +73,8 @@ class _Part(NamedTuple):
     head: int | None = None
 
 
+@torch.inference_mode(False)  # the caller's would keep gradients from being taken
+@torch.no_grad()
 def direct_logit_attribution(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -140,7 +142,7 @@ def direct_logit_attribution(
         for part, a, b, c in zip(parts, mean, low, high, strict=True)
     ]
     return DirectLogitAttribution(
-        **header(model, "direct_logit_attribution", n=len(ids), seed=seed),
+        **header(model, "direct_logit_attribution", n=len(ids), seed=seed, warnings=few(len(ids), "prompt")),
         grain=grain,
         logit_diff=number(own.mean()),
         logit_diff_capped=None if decoder.soft_cap is None else number(capped.mean()),
@@ -180,7 +182,7 @@ def _split(
         check_head(model, lens, own.to(lens.device))
         normed = decoder.ln_final(seen[final])
         norm = frozen_norm(decoder.ln_final, seen[final], normed)
-    diff, direction, bias = _reader(model, decoder, normed, answer_ids)
+    diff, direction, bias = _reader(decoder, normed, answer_ids)
     pulled = norm.pulled(direction)
     parts = [seen[embedding].unsqueeze(1), *_layer_parts(decoder, seen, grain)]
     scores = [(part.to(pulled.device, torch.float64) * pulled[:, None]).sum(-1) for part in parts]
@@ -208,11 +210,11 @@ def _layer_parts(
 
 
 def _reader(
-    model: PreTrainedModel, decoder: Decoder, normed: Float[Tensor, "batch d_model"], answer_ids: Int[Tensor, "batch 2"]
+    decoder: Decoder, normed: Float[Tensor, "batch d_model"], answer_ids: Int[Tensor, "batch 2"]
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch d_model"], Float[Tensor, " batch"]]:
     """The logit difference before a soft cap, the direction in the normed residual that makes it, and its bias."""
     right, wrong = answer_ids.to(normed.device).T
-    with frozen(model):
+    with frozen(decoder.unembed):
         leaf = as_leaf(normed)
         diff = metric_values(decoder.unembed(leaf), right, wrong, "logit_diff")
         direction = torch.autograd.grad(diff.sum(), leaf)[0]

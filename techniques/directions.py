@@ -19,7 +19,7 @@ from techniques._activations import Position, Reading, ReadText, activations_at,
 from techniques._directions import Direction, HeldOut, described, digits, oriented, unit_vector
 from techniques._folds import Scale, group_folds, merged_groups
 from techniques._logistic import fit_logistic
-from techniques._results import Header, header, number, numbers
+from techniques._results import Header, few, header, number, numbers
 from techniques._tokens import check_lists
 
 DirectionMethod = Literal["mean", "probe", "pca"]
@@ -162,7 +162,13 @@ def concept_direction(
         found[held_out], is_positive[held_out], torch.unique(members[held_out], return_inverse=True)[1], seed
     )
     return ConceptDirection(
-        **header(model, "concept_direction", n=len(found), seed=seed),
+        **header(
+            model,
+            "concept_direction",
+            n=len(found),
+            seed=seed,
+            warnings=few(len(set(test.groups.tolist())), "held-out group"),
+        ),
         **described(vector, fitted, labels, test, point, classes),
         method=method,
         position=str(position) if isinstance(position, int | str) else "one per text",

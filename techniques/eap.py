@@ -30,7 +30,7 @@ from techniques._edges import (
 )
 from techniques._hooks import HookPoint, check_sites, edit, record
 from techniques._pairs import ExcludedPair, encode_pairs
-from techniques._results import ArrayFile, Header, header, number, save_arrays
+from techniques._results import ArrayFile, Header, check_file, few, header, number, save_arrays
 from techniques._stats import mean_interval
 
 METHODS = ("eap", "eap-ig")
@@ -159,6 +159,7 @@ def eap(
         plot(circuit_graph(scores, k=20))
     """
     graph = graph_of(check_sites(model))
+    check_file(save)
     _check_options(method, steps, top_k, verify)
     steps = steps if method == "eap-ig" else 1
     contrast = Contrast(model, encode_pairs(model, tokenizer, pairs, answers))
@@ -170,7 +171,7 @@ def eap(
     scores = torch.stack(list(compress((one.scores for one in scored), kept)))
     rows, check = _rows(contrast, graph, scores, top_k, verify, seed)
     return EdgeAttribution(
-        **header(model, "eap", n=len(contrast.pairs), seed=seed),
+        **header(model, "eap", n=len(contrast.pairs), seed=seed, warnings=few(len(contrast.pairs), "pair")),
         method=method,
         steps=steps,
         clean_logit_diff=number(clean[kept].mean()),

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._batches import in_batches, length_batches
 from techniques._hooks import HookPoint, edit, run
-from techniques._results import Header, header, number, numbers
+from techniques._results import Header, few, header, number, numbers
 from techniques._sae import SAE
 from techniques._sae_data import MAX_TOKENS, Corpus, activations, locate, read_corpus
 from techniques._stats import N_BOOT
@@ -175,7 +175,9 @@ def evaluate_sae(
         intervals["ce_loss_score"] = [None, None]
     pca_score = found.pop("pca_score")
     result = {
-        **header(model, "evaluate_sae", n=len(corpus.texts), seed=seed, warnings=warnings),
+        **header(
+            model, "evaluate_sae", n=len(corpus.texts), seed=seed, warnings=warnings + few(len(corpus.texts), "text")
+        ),
         **{name: number(value) for name, value in found.items()},
         "hook_name": str(point),
         "n_tokens": corpus.n_tokens,

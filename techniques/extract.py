@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._activations import MAX_TOKENS, Layers, Position, ReadText, activations_at, points_of, read_at
-from techniques._results import ArrayFile, Header, header, save_arrays
+from techniques._results import ArrayFile, Header, check_file, header, save_arrays
 
 
 class Activations(Header):
@@ -69,7 +69,7 @@ def extract(
     Raises:
         UnsupportedModelError: The model is built in a way that is not known, or lacks the site.
         ValueError: The model is in train mode; a text is empty or too long; a position, span, layer or site does not
-            exist; an activation is infinite or not a number.
+            exist; an activation is infinite or not a number; `save` is a folder.
         MemoryError: A text does not fit the memory even in a batch of its own.
 
     Misleads: The last token of two texts may differ, and then so do their activations, whatever the texts mean. A mean
@@ -82,6 +82,7 @@ def extract(
         spans = ["Eiffel Tower", "Tower Bridge"]
         extract(model, tokenizer, texts, position=spans, save="activations.safetensors")
     """
+    check_file(save)
     reading = read_at(model, tokenizer, texts, position)
     points = points_of(model, site, layers)
     found = activations_at(model, reading, points, max_tokens)

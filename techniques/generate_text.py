@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._generation import Completion, continue_tokens, prompt_ids
 from techniques._results import Header, header
+from techniques._tokens import texts_of
 
 
 class GeneratedText(Header):
@@ -35,8 +36,8 @@ def generate_text(
         max_new_tokens: Most tokens that a continuation may have.
         temperature: 0 takes the most probable token each time; above 0 samples from the softmax of the logits
             divided by it, without top-k or top-p cuts.
-        seed: Seed of the sampling; the process's own random state is left as it was. The draw belongs to the whole
-            batch: the same prompt in another batch gets another sample (not so in `batch_generate`).
+        seed: Of the sampling. A prompt's stream comes from this, its tokens, and how often it stood in the list before,
+            as in `batch_generate`; the process's own random state is left as it was.
         chat: Whether each prompt is a user message, laid out by the chat template, rather than plain text.
         system: System message before it; needs `chat=True`.
 
@@ -46,6 +47,7 @@ def generate_text(
     Raises:
         ValueError: A prompt has no tokens or does not fit the model's context, an option is out of range, the model is
             in train mode, or a logit is not finite.
+        MemoryError: A single prompt does not fit in memory; a batch that does not is halved.
 
     Misleads: Greedy text hides how sure the model is, and one sample hides how much samples vary.
 
@@ -54,7 +56,7 @@ def generate_text(
     Example:
         generate_text(model, tokenizer, "The Eiffel Tower is located in the city of", max_new_tokens=8)
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = texts_of(prompt)
     ids = prompt_ids(tokenizer, prompts, chat, system)
     continuations = continue_tokens(
         model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed

@@ -21,7 +21,7 @@ from techniques._edges import graph_of
 from techniques._hooks import check_sites
 from techniques._nodes import Components, layer_nodes
 from techniques._pairs import ExcludedPair, encode_pairs
-from techniques._results import Header, header, number
+from techniques._results import Header, few, header, number
 
 
 class PruningStep(TypedDict):
@@ -116,6 +116,7 @@ def iterative_pruning(
         ValueError: An option is unknown or out of range, the pairs or answers can't be compared, or fewer than two
             pairs have the gap.
         UnsupportedModelError: The model's attention can't be split into heads.
+        MemoryError: A single pair does not fit in memory; a batch that does not is halved.
 
     Misleads: Parts that stand in for each other look needless one by one, and removing many small ones can harm more
     than the sum of their effects. Held-out pairs of the same templates say nothing of other wordings. Since the
@@ -147,7 +148,13 @@ def iterative_pruning(
     values = runs.values(runs.parts.mask(task.circuit)[None], task.held_out)[0]
     stopped = [f"Stopped after {task.n_runs} runs, before faithfulness left its bounds."] if task.is_cut else []
     return CircuitPruning(
-        **header(model, "iterative_pruning", n=len(scale.full), seed=seed, warnings=stopped),
+        **header(
+            model,
+            "iterative_pruning",
+            n=len(scale.full),
+            seed=seed,
+            warnings=[*stopped, *few(len(task.held_out), "held-out pair")],
+        ),
         components=components,
         mode=mode,
         order=order,

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from techniques._batches import in_batches
 from techniques._lens import Points, run_points
 from techniques._model import find_decoder
-from techniques._results import Header, header, number, numbers
+from techniques._results import Header, few, header, number, numbers
 from techniques._stats import mean_interval
-from techniques._tokens import answer_ids, check_context, check_eval, check_lists, encode, token_text
+from techniques._tokens import answer_ids, check_context, check_eval, check_lists, encode, texts_of, token_text
 
 STABLE = 0.1  # a curve is stable once it stays this close to its last value, as a share of that value
 CLOSE_CALL = 0.5  # nats; below this at the last depth, the model hardly prefers either answer
@@ -141,7 +141,7 @@ def logit_diff_lens(
     """
     check_lists(baseline_prompts=baseline_prompts)
     check_eval(model)
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = texts_of(prompts)
     baselines = list(baseline_prompts or [])
     if baseline_prompts is not None and len(baselines) != len(texts):
         raise ValueError(
@@ -237,4 +237,4 @@ def _warnings(diffs: Float[Tensor, "n depth"]) -> list[str]:
         f"{n_close} of {len(diffs)} prompts end with a difference below {CLOSE_CALL} nats: the model hardly prefers "
         "either answer there, so their decision depth says little."
     )
-    return [note] if n_close else []
+    return [note] * bool(n_close) + few(len(diffs), "prompt")

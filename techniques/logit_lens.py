@@ -7,6 +7,7 @@ https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-len
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TypedDict
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from techniques._batches import in_batches
 from techniques._lens import Points, run_points
 from techniques._model import find_decoder
 from techniques._results import Header, header
@@ -29,9 +31,13 @@ from techniques._tokens import (
     log_probs,
     resolve_position,
     single_token_id,
+    texts_of,
     token_text,
     top_tokens,
+    whole_numbers,
 )
+
+MAX_TOKENS = 2048  # of a batch, padding included; there are logits at each of them
 
 
 class LensPrompt(TypedDict):
@@ -89,7 +95,7 @@ def logit_lens(
     prompt: str | list[str],
     targets: Sequence[str] | None = None,
     top_k: int = 5,
-    positions: Sequence[int] | None = None,
+    positions: int | Sequence[int] | None = None,
 ) -> LogitLens:
     """Decode the residual stream at every depth with the final norm and the unembedding, as tokens.
 
@@ -114,6 +120,7 @@ def logit_lens(
             differs from the model's own logits.
         ValueError: The model is in train mode, a prompt has no tokens, does not fit the context or has no such
             position, a target is not a single token, a logit is not finite, or top_k is out of range.
+        MemoryError: A single prompt does not fit in memory; a batch that does not is halved.
 
     Misleads: The output head was trained for the last depth, so a blank early depth may hold the answer in a form that
         this head does not read; and what is readable need not be used. Which part computed it takes an intervention.
@@ -126,30 +133,41 @@ def logit_lens(
     """
     check_lists(targets=targets)
     check_eval(model)
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    texts = texts_of(prompt)
     ids = encode(tokenizer, texts)
     check_context(model, ids)
     target_ids = [single_token_id(tokenizer, target) for target in targets or []]
-    chosen = [_choose(positions, len(row), text) for row, text in zip(ids, texts, strict=True)]
-    points = Points([i for i, row in enumerate(chosen) for _ in row], [p for row in chosen for p in row])
+    asked = None if positions is None else whole_numbers("positions", positions)
+    chosen = [_choose(asked, len(row), text) for row, text in zip(ids, texts, strict=True)]
     decoder = find_decoder(model)
-    stream = run_points(model, decoder, ids, points)
-    check_top_k(top_k, stream.own.shape[-1])
+    errors: list[float] = []
 
-    rows: list[LensRow] = []
-    max_error = 0.0
-    for part, logits, error in stream.decoded():
-        max_error = max(max_error, error)
-        rows += _rows(tokenizer, points.part(part), logits, target_ids, top_k)
+    def run(which: list[int]) -> list[list[LensRow]]:
+        where = [(row, position) for row, i in enumerate(which) for position in chosen[i]]
+        points = Points(*map(list, zip(*where, strict=True)))
+        stream = run_points(model, decoder, [ids[i] for i in which], points)
+        check_top_k(top_k, stream.own.shape[-1])
+        found: list[list[LensRow]] = [[] for _ in which]
+        for part, logits, error in stream.decoded():
+            errors.append(error)
+            here = points.part(part)
+            told = Points([which[row] for row in here.prompts], here.positions)
+            rows = iter(_rows(tokenizer, told, logits, target_ids, top_k))
+            for row in here.prompts:
+                found[row] += islice(rows, logits.shape[1])
+        return found
+
+    found = in_batches([len(row) for row in ids], MAX_TOKENS, run)
     prompts = [
         LensPrompt(text=text, tokens=[token_text(tokenizer, i) for i in row], token_ids=row, positions=where)
         for text, row, where in zip(texts, ids, chosen, strict=True)
     ]
     start = header(model, "logit_lens", n=len(texts))
-    return LogitLens(**start, n_layers=len(decoder.blocks), prompts=prompts, rows=rows, max_error=max_error)
+    rows = [row for of_prompt in found for row in of_prompt]
+    return LogitLens(**start, n_layers=len(decoder.blocks), prompts=prompts, rows=rows, max_error=max(errors))
 
 
-def _choose(positions: Sequence[int] | None, length: int, text: str) -> list[int]:
+def _choose(positions: list[int] | None, length: int, text: str) -> list[int]:
     if positions is None:
         return list(range(length))
     if not positions:

@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from techniques._batches import in_memory
 from techniques._hooks import HookPoint, check_sites, hook_point, points_in, record, run
 from techniques._model import Decoder
 from techniques._pairs import (
-    CHUNK_ROWS,
     METRICS,
     Align,
     Baselines,
@@ -34,14 +34,13 @@ from techniques._pairs import (
     encode_pairs,
     pair_infos,
     position_columns,
-    recovered_interval,
     span_columns,
     with_gap,
 )
-from techniques._results import Header, header, number
-from techniques._stats import N_BOOT
+from techniques._results import Header, few, header, number
+from techniques._stats import N_BOOT, recovered_interval
 from techniques._sweep import Patch, Variant
-from techniques._tokens import Batch
+from techniques._tokens import pad
 from techniques._variants import site_value, variant_metrics
 
 Grain = Literal["position", "layer", "head", "head_position"]
@@ -177,6 +176,7 @@ def activation_patching(
         ValueError: An unknown site, grain, direction or metric; pairs or answers that do not fit (see the message); a
             gap between the runs below `min_gap` in every pair; logits that are not finite; a model in train mode.
         UnsupportedModelError: The model has no such site, or is built in a way that is not understood.
+        MemoryError: A single pair does not fit in memory; a batch that does not is halved.
 
     Misleads:
         The residual stream at all positions has effect 1 by construction. Later layers of the stream at the last
@@ -198,7 +198,8 @@ def activation_patching(
         ```
     """
     decoder = check_sites(model)
-    points = points_in(decoder, _check_options(sites, grain, direction, metrics))
+    asked, missing = _check_options(decoder, sites, grain, direction, metrics)
+    points = points_in(decoder, asked)
     chosen = list(dict.fromkeys(point.site for point in points))
     encoded = encode_pairs(model, tokenizer, pairs, answers, align)
     if "pattern" in chosen and _has_unequal(encoded):
@@ -216,7 +217,9 @@ def activation_patching(
         for row in _rows(cells, metric, patched[..., i], baselines.of(metric), direction, seed, n_boot)
     ]
     return ActivationPatching(
-        **header(model, "activation_patching", n=len(encoded), seed=seed, warnings=_warnings(encoded, chosen, grain)),
+        **header(
+            model, "activation_patching", n=len(encoded), seed=seed, warnings=_warnings(encoded, chosen, missing, grain)
+        ),
         direction=direction,
         grain=grain,
         sites=chosen,
@@ -231,7 +234,10 @@ def activation_patching(
     )
 
 
-def _check_options(sites: Sequence[str] | None, grain: str, direction: str, metrics: Sequence[str]) -> tuple[str, ...]:
+def _check_options(
+    decoder: Decoder, sites: Sequence[str] | None, grain: str, direction: str, metrics: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The sites that are patched, and those of the default that this model does not have."""
     if grain not in GRAINS:
         raise ValueError(f"grain is {grain!r}; expected one of {', '.join(GRAINS)}.")
     if direction not in ("denoise", "noise"):
@@ -240,13 +246,15 @@ def _check_options(sites: Sequence[str] | None, grain: str, direction: str, metr
         raise ValueError(f"metrics is {metrics!r}; expected a list of some of {', '.join(METRICS)}.")
     by_head = grain.startswith("head")
     known = HEAD_SITES if by_head else STREAM_SITES
-    chosen: tuple[str, ...] = ("z",) if by_head else ("resid_pre", "attn_out", "mlp_out")
-    if sites is not None:
-        chosen = tuple(sites)
+    if sites is None:
+        default = ["z"] if by_head else ["resid_pre", "attn_out", "mlp_out"]
+        missing = [site for site in default if site not in decoder.layers[0].sites and not by_head]
+        return [site for site in default if site not in missing], missing
+    chosen = list(sites)
     names = {hook_point(site).site if site.startswith("blocks.") else site for site in chosen}
     if not chosen or isinstance(sites, str) or not names <= set(known):
         raise ValueError(f"sites is {sites!r}; expected a list of some of {', '.join(known)} for the grain {grain!r}.")
-    return chosen
+    return chosen, []
 
 
 def _columns(
@@ -289,23 +297,25 @@ def _patched_metrics(
     metrics: Sequence[str],
 ) -> Float[Tensor, "n cells metrics"]:
     """Every metric of every pair in every cell's patched run, in float64 on the CPU."""
-    clean, corrupted = pairs.batches(0, model.device)
-    base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    base, source = (pairs.corrupted, pairs.clean) if direction == "denoise" else (pairs.clean, pairs.corrupted)
     sides = (1, 0) if direction == "denoise" else (0, 1)  # of the base and the source in a match
     points = {cell.point for cell in cells}
-    found = []
-    for start in range(0, len(pairs), CHUNK_ROWS):  # what is kept of the source runs is bounded
-        group = slice(start, start + CHUNK_ROWS)
+
+    def patched(which: Sequence[int]) -> Float[Tensor, "variants metrics"]:
         with record(model, points) as values:
-            batch = Batch(source.input_ids[group], source.attention_mask[group])
+            batch = pad([source[i] for i in which], "right", 0, model.device)
             run(model, batch, stop_after=max(point.layer for point in points))
         variants = []
-        for pair, cell in itertools.product(range(len(pairs))[group], cells):
+        for (row, pair), cell in itertools.product(enumerate(which), cells):
             matches = pairs.matches(pair) if cell.column is None else columns[cell.column].positions[pair]
             here, there = ([match[side] for match in matches] for side in sides)
-            value = site_value(values[cell.point], cell.point, pair - start, there, cell.head)
-            variants.append(Variant(pair, [Patch(cell.point, value, here, cell.head)]))
-        found.append(variant_metrics(model, base, variants, pairs.answer_pair, metrics))
+            value = site_value(values[cell.point][row], cell.point, there, cell.head)
+            variants.append(Variant(row, [Patch(cell.point, value, here, cell.head)]))
+        answers = pairs.answer_ids[list(which)], pairs.wrong_ids[list(which)]
+        batch = pad([base[i] for i in which], "right", 0, model.device)
+        return variant_metrics(model, batch, variants, answers, metrics)
+
+    found = [part for _, part in in_memory(patched, pairs.chunks(), pairs.name)]
     return torch.cat(found).reshape(len(pairs), len(cells), len(metrics))
 
 
@@ -344,15 +354,17 @@ def _baseline(baselines: Baselines, metric: str) -> Baseline:
     return Baseline(metric=metric, clean=number(clean.mean()), corrupted=number(corrupted.mean()))
 
 
-def _warnings(pairs: Pairs, sites: Sequence[str], grain: str) -> list[str]:
+def _warnings(pairs: Pairs, sites: Sequence[str], missing: Sequence[str], grain: str) -> list[str]:
     found = []
+    if missing:
+        found.append(f"The blocks of this model have no {' and no '.join(missing)}, which could not be patched.")
     if pairs.excluded:
         found.append(f"{len(pairs.excluded)} pairs were left out; `excluded` says why.")
     if grain == "layer" and any(site.startswith("resid") for site in sites) and not _has_unequal(pairs):
         found.append("The residual stream at all positions is all there is: its effect is 1 by construction.")
     if _has_unequal(pairs):
         found.append("Prompts of unequal length were aligned at their ends, so matching tokens differ in position.")
-    return found
+    return found + few(len(pairs), "pair")
 
 
 def _has_unequal(pairs: Pairs) -> bool:

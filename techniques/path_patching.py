@@ -13,17 +13,21 @@ The algorithm, for one sender and one receiver, with the base run (clean when no
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from techniques._hooks import Change, HookPoint, check_sites, edit, record, run
+from techniques._activations import prompt_values
+from techniques._batches import in_memory
+from techniques._components import Component, parse_components
+from techniques._hooks import Change, HookPoint, check_sites, edit, record
 from techniques._model import Decoder, logits_at
 from techniques._nodes import Node
 from techniques._pairs import (
@@ -36,15 +40,14 @@ from techniques._pairs import (
     last_positions,
     metric_values,
     pair_infos,
-    recovered_interval,
     with_gap,
 )
-from techniques._results import Header, header, number
-from techniques._stats import N_BOOT
+from techniques._receivers import Receiver, hears, name_of, parse_receivers
+from techniques._results import Header, few, header, number
+from techniques._stats import N_BOOT, recovered_interval
 from techniques._sweep import Patch, Variant
-from techniques._tokens import Batch
+from techniques._tokens import Batch, pad
 from techniques._variants import site_value, variant_metrics
-from techniques.ablation import Component, component_name, parse_components
 from techniques.patching import Direction
 
 
@@ -94,32 +97,6 @@ class PathPatching(Header):
     rows: list[PathRow]
 
 
-@dataclass(frozen=True)
-class _Receiver:
-    """What reads the change.
-
-    Attributes:
-        name: As in the result.
-        point: Where its input, or for an MLP its output, is recorded and then written; None for the logits.
-        head: Index in the point's head dimension, if it has one.
-        layer: Its layer; n_layers for the logits.
-        reads_mid: Whether it reads after attention of its own layer (MLPs of sequential blocks, the end of a block).
-        reads_mlp: Whether it reads after the MLP of its own layer as well.
-    """
-
-    name: str
-    point: HookPoint | None
-    head: int | None
-    layer: int
-    reads_mid: bool
-    reads_mlp: bool
-
-    def hears(self, sender: Node) -> bool:
-        """Whether the sender writes to the stream before this reads it."""
-        own = self.reads_mid if sender.kind == "head" else self.reads_mlp
-        return sender.layer < self.layer or (sender.layer == self.layer and own)
-
-
 @torch.inference_mode()
 def path_patching(
     model: PreTrainedModel,
@@ -164,6 +141,7 @@ def path_patching(
         ValueError: An unknown sender or receiver; a receiver that no sender can reach; pairs or answers that do not
             fit (see the message); a gap below `min_gap` in every pair; a model in train mode.
         UnsupportedModelError: The model is built in a way that is not understood.
+        MemoryError: A single pair does not fit in memory; a batch that does not is halved.
 
     Misleads:
         An effect belongs to these prompts and to what the base run holds fixed; a route that needs two senders at once
@@ -186,7 +164,7 @@ def path_patching(
         raise ValueError(f'direction is {direction!r}; expected "denoise" or "noise".')
     decoder = check_sites(model)
     nodes = parse_components(decoder, senders)
-    groups = _parse_receivers(decoder, receivers, nodes)
+    groups = parse_receivers(decoder, receivers, nodes)
     encoded, baselines = with_gap(model, encode_pairs(model, tokenizer, pairs, answers), min_gap)
     setup = _set_up(model, decoder, encoded, freeze_mlps, direction)
     patched = _patched(setup, nodes, groups)
@@ -196,63 +174,11 @@ def path_patching(
         direction=direction,
         freeze_mlps=freeze_mlps,
         senders=[str(node) for node in nodes],
-        receivers=[_name(group) for group in groups],
+        receivers=[name_of(group) for group in groups],
         pairs=pair_infos(encoded, baselines),
         excluded=encoded.excluded,
         rows=rows,
     )
-
-
-# ---------------------------------------------------------------------------------------------- receivers
-
-
-def _parse_receivers(
-    decoder: Decoder, receivers: Sequence[Component | list[Component]], senders: list[Node]
-) -> list[list[_Receiver]]:
-    if isinstance(receivers, str) or not receivers or not senders:
-        raise ValueError(f"There are {len(senders)} senders, and receivers is {receivers!r}; expected a list of each.")
-    groups = [
-        [_receiver(decoder, part) for part in (given if isinstance(given, list) else [given])] for given in receivers
-    ]
-    for group in groups:
-        if len(group) > 1 and any(part.point is None for part in group):
-            raise ValueError("The receiver 'logits' stands in a group; expected it alone, as nothing comes after it.")
-        if not any(_hears(group, node) for node in senders):
-            raise ValueError(
-                f"No sender comes before the receiver {_name(group)!r}; expected at least one that it can read. "
-                "Choose senders in earlier layers."
-            )
-    return groups
-
-
-def _receiver(decoder: Decoder, given: Component) -> _Receiver:
-    name = component_name(given)
-    if name == "logits":
-        return _Receiver(name, None, None, decoder.n_layers, reads_mid=False, reads_mlp=False)
-    if (found := re.fullmatch(r"resid_post\.(\d+)", name)) and int(found[1]) < decoder.n_layers:
-        return _Receiver(name, HookPoint("resid_post", int(found[1])), None, int(found[1]), True, True)
-    if (found := re.fullmatch(r"m(\d+)", name)) and int(found[1]) < decoder.n_layers:
-        return _Receiver(name, HookPoint("mlp_out", int(found[1])), None, int(found[1]), not decoder.parallel, False)
-    found = re.fullmatch(r"a(\d+)\.h(\d+)<([qkv])>", name)
-    if found and int(found[1]) < decoder.n_layers and int(found[2]) < decoder.n_heads:
-        layer, head, site = int(found[1]), int(found[2]), found[3]
-        if site != "q":
-            head //= decoder.n_heads // decoder.n_kv_heads
-        return _Receiver(name, HookPoint(site, layer), head, layer, reads_mid=False, reads_mlp=False)
-    last = decoder.n_layers - 1
-    raise ValueError(
-        f"The receiver {given!r} is not known; expected an input of a head from a0.h0<q> to "
-        f"a{last}.h{decoder.n_heads - 1}<v> (<q>, <k> or <v>), an MLP from m0 to m{last}, resid_post.0 to "
-        f"resid_post.{last}, or logits."
-    )
-
-
-def _hears(group: list[_Receiver], node: Node) -> bool:
-    return any(part.hears(node) for part in group)
-
-
-def _name(group: list[_Receiver]) -> str:
-    return "+".join(part.name for part in group)
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -270,62 +196,68 @@ class _Route(NamedTuple):
 
 @dataclass(frozen=True)
 class _Setup:
-    """What all routes have in common: the base prompts, and what both runs made of theirs."""
+    """What all routes have in common: the pairs, and what both runs made of their prompts, by pair, without padding."""
 
     model: PreTrainedModel
     decoder: Decoder
     pairs: Pairs
-    base: Batch
-    last: Int[Tensor, " n"]
-    base_acts: Acts
-    source_acts: Acts
+    base: list[list[int]]
+    base_acts: list[Acts]
+    source_acts: list[Acts]
     freeze_mlps: bool
+
+    def batch(self, pairs: Sequence[int]) -> Batch:
+        """The base prompts of some pairs."""
+        return pad([self.base[pair] for pair in pairs], "right", 0, self.model.device)
+
+    def base_values(self, point: HookPoint, pairs: Sequence[int]) -> Tensor:
+        """What the base run has at a point for some pairs, padded with zeros to the width of their batch."""
+        return pad_sequence([self.base_acts[pair][point] for pair in pairs], batch_first=True)
 
 
 def _set_up(model: PreTrainedModel, decoder: Decoder, pairs: Pairs, freeze_mlps: bool, direction: str) -> _Setup:
     points = [HookPoint(site, layer) for layer in range(decoder.n_layers) for site in ("z", "attn_out", "mlp_out")]
-    clean, corrupted = pairs.batches(0, model.device)
-    base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    acts = []
-    for batch in (base, source):
-        with record(model, points) as values:
-            run(model, batch, stop_after=decoder.n_layers - 1)
-        acts.append(dict(values))
-    return _Setup(model, decoder, pairs, base, last_positions(pairs.clean), acts[0], acts[1], freeze_mlps)
+    base, source = (pairs.corrupted, pairs.clean) if direction == "denoise" else (pairs.clean, pairs.corrupted)
+    base_acts, source_acts = (prompt_values(model, ids, points, lambda value: value) for ids in (base, source))
+    return _Setup(model, decoder, pairs, base, base_acts, source_acts, freeze_mlps)
 
 
-def _patched(setup: _Setup, nodes: list[Node], groups: list[list[_Receiver]]) -> Float[Tensor, "groups senders n"]:
+def _patched(setup: _Setup, nodes: list[Node], groups: list[list[Receiver]]) -> Float[Tensor, "groups senders n"]:
     """Logit difference of every pair after each sender's change reached each receiver; NaN where it cannot."""
     n = len(setup.pairs)
     routes = [_Route(pair, node) for node in nodes for pair in range(n)]
+    chunks = [routes[start : start + CHUNK_ROWS] for start in range(0, len(routes), CHUNK_ROWS)]
+    found = in_memory(partial(_routed, setup, groups), chunks, lambda route: setup.pairs.name(route.pair))
+    return torch.cat([part for _, part in found], -1).reshape(len(groups), len(nodes), n)
+
+
+def _routed(setup: _Setup, groups: list[list[Receiver]], routes: Sequence[_Route]) -> Float[Tensor, "groups routes"]:
     found = torch.full((len(groups), len(routes)), torch.nan, dtype=torch.float64)
-    for start in range(0, len(routes), CHUNK_ROWS):
-        part = routes[start : start + CHUNK_ROWS]
-        logits, heard = _send(setup, part, groups)
-        for i, group in enumerate(groups):
-            rows = [row for row, route in enumerate(part) if _hears(group, route.sender)]
-            if rows:
-                found[i, [start + row for row in rows]] = _receive(setup, part, rows, group, logits, heard)
-    return found.reshape(len(groups), len(nodes), n)
+    logits, heard = _send(setup, routes, groups)
+    for i, group in enumerate(groups):
+        rows = [row for row, route in enumerate(routes) if hears(group, route.sender)]
+        if rows:
+            found[i, rows] = _receive(setup, routes, rows, group, logits, heard)
+    return found
 
 
 def _send(
-    setup: _Setup, routes: list[_Route], groups: list[list[_Receiver]]
+    setup: _Setup, routes: Sequence[_Route], groups: list[list[Receiver]]
 ) -> tuple[Float[Tensor, "routes d_vocab"], Acts]:
     """Step 2 for a batch of routes: logits after the direct route, and what each receiver reads."""
-    pairs = torch.tensor([route.pair for route in routes])
-    ids = Batch(setup.base.input_ids[pairs], setup.base.attention_mask[pairs])
+    pairs = [route.pair for route in routes]
     edits: dict[HookPoint, Change] = {}
     for layer in range(setup.decoder.n_layers):
         edits |= _held(setup, routes, layer)
     points = {part.point for group in groups for part in group if part.point is not None}
     # Recorded before it is held: what an MLP makes of the change, although it does not pass it on.
     with record(setup.model, points) as heard, edit(setup.model, edits):
-        logits = logits_at(setup.model, ids, torch.arange(len(routes)), setup.last[pairs])
+        last = last_positions([setup.base[pair] for pair in pairs])
+        logits = logits_at(setup.model, setup.batch(pairs), torch.arange(len(routes)), last)
     return logits, heard
 
 
-def _held(setup: _Setup, routes: list[_Route], layer: int) -> dict[HookPoint, Change]:
+def _held(setup: _Setup, routes: Sequence[_Route], layer: int) -> dict[HookPoint, Change]:
     """Edits that hold a layer at the base run, but for the senders in it."""
     z, attn_out, mlp_out = (HookPoint(site, layer) for site in ("z", "attn_out", "mlp_out"))
     pairs = [route.pair for route in routes]
@@ -334,21 +266,23 @@ def _held(setup: _Setup, routes: list[_Route], layer: int) -> dict[HookPoint, Ch
     mlps = [(row, route) for row, route in own if route.sender.kind == "mlp"]
 
     def change_heads(value: Tensor) -> Tensor:
-        new = setup.base_acts[z][pairs]
+        new = setup.base_values(z, pairs)
         for row, (pair, sender) in heads:
-            new[row, :, sender.head] = setup.source_acts[z][pair, :, sender.head]
+            value = setup.source_acts[pair][z]
+            new[row, : len(value), sender.head] = value[:, sender.head]
         return new
 
     def hold_attention(value: Tensor) -> Tensor:
-        new = setup.base_acts[attn_out][pairs]
+        new = setup.base_values(attn_out, pairs)
         for row, _ in heads:
             new[row] = value[row]
         return new
 
     def hold_mlp(value: Tensor) -> Tensor:
-        new = setup.base_acts[mlp_out][pairs] if setup.freeze_mlps else value.clone()
+        new = setup.base_values(mlp_out, pairs) if setup.freeze_mlps else value.clone()
         for row, (pair, _) in mlps:
-            new[row] = setup.source_acts[mlp_out][pair]
+            value = setup.source_acts[pair][mlp_out]
+            new[row, : len(value)] = value
         return new
 
     return {
@@ -360,29 +294,31 @@ def _held(setup: _Setup, routes: list[_Route], layer: int) -> dict[HookPoint, Ch
 
 def _receive(
     setup: _Setup,
-    routes: list[_Route],
+    routes: Sequence[_Route],
     rows: list[int],
-    group: list[_Receiver],
+    group: list[Receiver],
     logits: Float[Tensor, "routes d_vocab"],
     heard: Acts,
 ) -> Float[Tensor, " rows"]:
     """Step 3: the logit difference after the receivers alone were given what they heard."""
     pairs = [routes[row].pair for row in rows]
+    answers = setup.pairs.answer_ids[pairs], setup.pairs.wrong_ids[pairs]
     if group[0].point is None:
-        right, wrong = (ids[pairs] for ids in setup.pairs.answer_pair)
-        return metric_values(logits[rows], right, wrong, "logit_diff").double().cpu()
+        return metric_values(logits[rows], *answers, "logit_diff").double().cpu()
+    different = list(dict.fromkeys(pairs))
     variants = []
     for row, pair in zip(rows, pairs, strict=True):
-        positions = list(range(len(setup.pairs.clean[pair])))
+        positions = list(range(len(setup.base[pair])))
         writes = [
             Patch(
-                part.point, site_value(heard[part.point], part.point, row, positions, part.head), positions, part.head
+                part.point, site_value(heard[part.point][row], part.point, positions, part.head), positions, part.head
             )
             for part in group
             if part.point is not None and part.hears(routes[row].sender)
         ]
-        variants.append(Variant(pair, writes))
-    return variant_metrics(setup.model, setup.base, variants, setup.pairs.answer_pair, ["logit_diff"])[:, 0]
+        variants.append(Variant(different.index(pair), writes))
+    answers = setup.pairs.answer_ids[different], setup.pairs.wrong_ids[different]
+    return variant_metrics(setup.model, setup.batch(different), variants, answers, ["logit_diff"])[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------- results
@@ -390,7 +326,7 @@ def _receive(
 
 def _rows(
     nodes: list[Node],
-    groups: list[list[_Receiver]],
+    groups: list[list[Receiver]],
     patched: Float[Tensor, "groups senders n"],
     baselines: Baselines,
     direction: str,
@@ -399,13 +335,13 @@ def _rows(
 ) -> list[PathRow]:
     clean, corrupted = baselines.of("logit_diff")
     start, goal = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    reached = [(i, j) for i, group in enumerate(groups) for j, node in enumerate(nodes) if _hears(group, node)]
+    reached = [(i, j) for i, group in enumerate(groups) for j, node in enumerate(nodes) if hears(group, node)]
     values = torch.stack([patched[i, j] for i, j in reached], -1)
     interval = recovered_interval(values - start[:, None], goal - start, seed, n_boot)
     return [
         PathRow(
             sender=str(nodes[j]),
-            receiver=_name(groups[i]),
+            receiver=name_of(groups[i]),
             patched=number(mean),
             recovered=number(effect if direction == "denoise" else 1 - effect),
             effect=number(effect),
@@ -418,7 +354,7 @@ def _rows(
     ]
 
 
-def _warnings(decoder: Decoder, pairs: Pairs, groups: list[list[_Receiver]]) -> list[str]:
+def _warnings(decoder: Decoder, pairs: Pairs, groups: list[list[Receiver]]) -> list[str]:
     found = []
     if pairs.excluded:
         found.append(f"{len(pairs.excluded)} pairs were left out; `excluded` says why.")
@@ -429,4 +365,4 @@ def _warnings(decoder: Decoder, pairs: Pairs, groups: list[list[_Receiver]]) -> 
             first = part.head * shared
             heads = f"heads {first} to {first + shared - 1} of layer {part.layer}"
             found.append(f"The receiver {part.name} is read by {heads}, which share it; all of them are changed.")
-    return found
+    return found + few(len(pairs), "pair")

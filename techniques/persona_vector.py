@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._activations import Layers, Reading, activations_at, points_of
 from techniques._directions import Direction, HeldOut, described, oriented
 from techniques._generation import Continuation, continue_tokens
-from techniques._results import Header, header
+from techniques._hooks import HookPoint
+from techniques._results import Header, few, header
 from techniques._tokens import chat_ids, check_lists
 
 
@@ -101,6 +104,7 @@ def persona_vector(
 
     Raises:
         ValueError: A list is empty, no answer of one kind is left in one half, or an option is out of range.
+        MemoryError: A single prompt does not fit in memory; a batch that does not is halved.
 
     Misleads: Without a score, the vector is that of the instructions, whether or not the model followed them. The
     answers of both kinds differ in their words too, and a mean over their tokens holds those words.
@@ -118,13 +122,7 @@ def persona_vector(
     check_lists(positive_systems=positive_systems, negative_systems=negative_systems, questions=questions)
     _check_options(positive_systems, negative_systems, questions, rollouts, temperature)
     points = points_of(model, site, layers)
-    asked = [
-        _Asked(is_positive, system, question)
-        for is_positive, systems in ((True, positive_systems), (False, negative_systems))
-        for system in systems
-        for question in questions
-        for _ in range(rollouts)
-    ]
+    asked = _all_asked(positive_systems, negative_systems, questions, rollouts)
     prompts = [chat_ids(tokenizer, one.question, one.system) for one in asked]
     answers = continue_tokens(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
@@ -144,14 +142,12 @@ def persona_vector(
     held_out = torch.tensor([responses[i]["held_out"] for i in kept])
     topics = torch.tensor([questions.index(asked[i].question) for i in kept])
     groups = torch.unique(topics[held_out], return_inverse=True)[1]
-    rows = []
-    for column, point in enumerate(points):
-        fitted, labels = found[~held_out, column], is_positive[~held_out]
-        vector = oriented(fitted[labels].mean(0) - fitted[~labels].mean(0), fitted, labels)
-        test = HeldOut(found[held_out, column], is_positive[held_out], groups, seed)
-        rows.append(described(vector, fitted, labels, test, point, classes))
+    tests = [HeldOut(found[held_out, i], is_positive[held_out], groups, seed) for i in range(len(points))]
+    fits = [(found[~held_out, i], is_positive[~held_out]) for i in range(len(points))]
+    rows = [_direction(*fits[i], tests[i], point, classes) for i, point in enumerate(points)]
+    warnings = few(len(set(groups.tolist())), "held-out question")
     return PersonaVector(
-        **header(model, "persona_vector", n=len(kept), seed=seed),
+        **header(model, "persona_vector", n=len(kept), seed=seed, warnings=warnings),
         site=points[0].site,
         rows=rows,
         responses=responses,
@@ -185,6 +181,30 @@ class _Asked(NamedTuple):
     positive: bool
     system: str
     question: str
+
+
+def _all_asked(
+    positive_systems: Sequence[str], negative_systems: Sequence[str], questions: Sequence[str], rollouts: int
+) -> list[_Asked]:
+    return [
+        _Asked(is_positive, system, question)
+        for is_positive, systems in ((True, positive_systems), (False, negative_systems))
+        for system in systems
+        for question in questions
+        for _ in range(rollouts)
+    ]
+
+
+def _direction(
+    found: Float[Tensor, "n d"],
+    positive: Bool[Tensor, " n"],
+    test: HeldOut,
+    point: HookPoint,
+    classes: tuple[str, str],
+) -> Direction:
+    """The difference of the class means, and what it does on held-out answers."""
+    vector = oriented(found[positive].mean(0) - found[~positive].mean(0), found, positive)
+    return described(vector, found, positive, test, point, classes)
 
 
 def _response(

@@ -59,9 +59,10 @@ def prefill_attack(
         Both continuations, greedy, without the prompt and without the prefill, so that they can be compared.
 
     Raises:
-        ValueError: The prefill is empty, the chat does not fit the context, or the template changes what the
-            assistant has said so far, so that there is nothing to go on from; the model is in train mode, or a logit
-            is not finite.
+        ValueError: A text is no string, the prefill is empty, the chat does not fit the context, or the template
+            changes what the assistant has said so far, so that there is nothing to go on from; the model is in train
+            mode, or a logit is not finite.
+        MemoryError: The chat does not fit in memory.
 
     Misleads: One request is an anecdote: a rate takes many requests, phrasings and a judge of the answers. A fluent
         continuation is not yet a true or a harmful one.
@@ -78,6 +79,9 @@ def prefill_attack(
             max_new_tokens=8,
         )
     """
+    given = {"user_prompt": user_prompt, "prefill_text": prefill_text, "system": system or ""}
+    if wrong := [name for name, text in given.items() if not isinstance(text, str)]:
+        raise ValueError(f"{wrong[0]} is {given[wrong[0]]!r}; expected a string. Call prefill_attack once for each.")
     if not prefill_text.strip():
         raise ValueError(f"prefill_text is {prefill_text!r}; expected the first words of an answer.")
     ids = [chat_ids(tokenizer, user_prompt, system, prefill_text), chat_ids(tokenizer, user_prompt, system)]

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,22 +22,20 @@ from techniques._folds import (
     Scale,
     fit,
     group_folds,
-    group_labels,
     held_classes,
     merged_groups,
     one_vs_rest,
     predictions,
-    shuffled_labels,
 )
-from techniques._generation import own_random_stream
 from techniques._hooks import HookPoint
+from techniques._probe_groups import Split, domains_of, split_of
 from techniques._probing import (
     Labels,
     Options,
     ProbeScore,
     TellingToken,
+    contradictions,
     cross_validated,
-    listed,
     number_labels,
     probe_score,
     telling_tokens,
@@ -46,9 +43,8 @@ from techniques._probing import (
 )
 from techniques._results import Header, header, number
 from techniques._stats import N_BOOT, permutation_p, resamples
-from techniques._tokens import check_lists
+from techniques._tokens import check_lists, plain
 
-N_CONTROLS = 5  # random labellings of the control task
 TELLING = 0.9  # balanced accuracy of a single token from which a warning is given
 
 
@@ -183,25 +179,20 @@ def linear_probe(
     options.check()
     reading = read_at(model, tokenizer, texts, position)
     named = number_labels(labels, len(reading.texts))
-    split, notes = _split(reading, named, groups, options)
+    split, notes = split_of(reading, named, plain(groups), options)
     points = points_of(model, site, layers)
     found = activations_at(model, reading, points).flatten(2)
     blank = _untrained(model, reading, points, seed) if untrained else None
     eps = torch.finfo(model.dtype).eps
-    rows, nulls, converged = [], [], True
-    for i, point in enumerate(points):
-        at_layer = found[:, i], None if blank is None else blank[:, i]
-        row, null, done = _row(split, named, options, eps, point.layer, *at_layer)
-        rows.append(row)
-        nulls.append(null)
-        converged &= done
+    at_layers = [(found[:, i], None if blank is None else blank[:, i]) for i in range(len(points))]
+    fits = [_row(split, named, options, eps, point.layer, *x) for point, x in zip(points, at_layers, strict=True)]
+    rows, nulls, converged = (list(column) for column in zip(*fits, strict=True))
     best = max(rows, key=lambda row: row["auroc"] or 0)
     p_any = permutation_p(best["auroc"] or 0, torch.stack(nulls).amax(0)) if n_permutations else None
-    counts, vocabulary = token_counts(reading)
-    words = cross_validated(counts, named.classes[:, None], split.folds, named, options, eps)[0][:, 0]
-    tokens = telling_tokens(tokenizer, counts, vocabulary, named)
+    words, tokens = _bag_of_words(tokenizer, reading, split, named, options, eps)
+    warnings = contradictions(reading, named) + notes + _notes(all(converged), tokens)
     return LinearProbe(
-        **header(model, "linear_probe", n=len(reading.texts), seed=seed, warnings=notes + _notes(converged, tokens)),
+        **header(model, "linear_probe", n=len(reading.texts), seed=seed, warnings=warnings),
         site=points[0].site,
         method=method,
         c=c,
@@ -210,7 +201,7 @@ def linear_probe(
         n_groups=split.draws.shape[1],
         n_folds=len(torch.unique(split.folds)),
         majority=number(max(named.counts()) / len(reading.texts)) or 0.0,
-        bag_of_words=probe_score(words, named, split.folds, split.groups, split.draws),
+        bag_of_words=words,
         rows=rows,
         best_layer=best["layer"],
         p_any=None if p_any is None else number(p_any),
@@ -316,7 +307,7 @@ def probe_transfer(
     options.check()
     reading = read_at(model, tokenizer, texts, position)
     named = number_labels(labels, len(reading.texts))
-    domains, members = _domains(reading, groups, named)
+    domains, members = domains_of(reading, plain(groups), named)
     point = points_of(model, site, [layer])[0]
     found = activations_at(model, reading, [point]).flatten(2)[:, 0]
     eps = torch.finfo(model.dtype).eps
@@ -336,7 +327,7 @@ def probe_transfer(
             )
         )
     return ProbeTransfer(
-        **header(model, "probe_transfer", n=len(reading.texts), seed=seed),
+        **header(model, "probe_transfer", n=len(reading.texts), seed=seed, warnings=contradictions(reading, named)),
         layer=point.layer,
         site=point.site,
         method=method,
@@ -347,54 +338,18 @@ def probe_transfer(
     )
 
 
-@dataclass(frozen=True)
-class _Split:
-    """Groups, folds and random labels: what is the same for all layers."""
-
-    groups: Int[Tensor, " n"]
-    folds: Int[Tensor, " n"]
-    row_folds: Int[Tensor, " n"]
-    shuffles: Int[Tensor, "n sets"]
-    controls: Int[Tensor, "n sets"]
-    draws: Float[Tensor, "boot n_groups"]
-
-    def is_pure(self, labels: Labels) -> bool:
-        """Whether every group has one label."""
-        return bool((held_classes(labels.classes, self.groups).sum(1) == 1).all())
-
-
-def _split(
-    reading: Reading, labels: Labels, groups: Sequence[Hashable] | None, options: Options
-) -> tuple[_Split, list[str]]:
-    inputs, classes = reading.inputs(), labels.classes
-    given = inputs if groups is None else list(groups)
-    if len(given) != len(inputs):
-        raise ValueError(f"groups has {len(given)} entries for {len(inputs)} texts; expected one for each.")
-    numbered, merged = merged_groups(given, inputs)
-    members = torch.tensor(numbered)
-    in_class = held_classes(classes, members).sum(0).tolist()
-    notes = [f"The groups {listed(found)} share texts and were held out together." for found in merged]
-    if min(in_class) < 2:
-        rare = labels.names[in_class.index(min(in_class))]
-        raise ValueError(
-            f"The label {rare!r} is in 1 group only; expected at least 2, one to fit and one to test. "
-            f"{' '.join(notes) or 'Give it more groups, or fewer texts to each.'}"
-        )
-    generator = torch.Generator().manual_seed(options.seed)
-    n_groups = int(members.max()) + 1
-    split = _Split(
-        groups=members,
-        folds=group_folds(classes, members, min(options.n_folds, *in_class), generator),
-        row_folds=group_folds(classes, torch.arange(len(inputs)), min(options.n_folds, *labels.counts()), generator),
-        shuffles=shuffled_labels(classes, members, options.n_permutations, generator),
-        controls=group_labels(classes, members, N_CONTROLS if n_groups < len(inputs) else 0, generator),
-        draws=resamples(n_groups, options.seed, options.n_boot),
-    )
-    return split, notes
+def _bag_of_words(
+    tokenizer: PreTrainedTokenizerBase, reading: Reading, split: Split, labels: Labels, options: Options, eps: float
+) -> tuple[ProbeScore, list[TellingToken]]:
+    """What a probe of the tokens' counts reads, and the tokens that tell most."""
+    counts, vocabulary = token_counts(reading)
+    scores = cross_validated(counts, labels.classes[:, None], split.folds, labels, options, eps)[0][:, 0]
+    score = probe_score(scores, labels, split.folds, split.groups, split.draws)
+    return score, telling_tokens(tokenizer, counts, vocabulary, labels)
 
 
 def _row(
-    split: _Split,
+    split: Split,
     labels: Labels,
     options: Options,
     eps: float,
@@ -441,34 +396,10 @@ def _untrained(
     model: PreTrainedModel, reading: Reading, points: Sequence[HookPoint], seed: int
 ) -> Float[Tensor, "n layers d"]:
     base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-    with own_random_stream(model, seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         blank = type(base)(copy.deepcopy(base.config))
     return activations_at(blank.to(model.device, model.dtype).eval(), reading, points).flatten(2)
-
-
-def _domains(reading: Reading, groups: Sequence[Hashable], labels: Labels) -> tuple[list[str], Int[Tensor, " n"]]:
-    """Names of the groups in order of appearance, and the number of each text's."""
-    inputs = reading.inputs()
-    if len(groups) != len(inputs):
-        raise ValueError(f"groups has {len(groups)} entries for {len(inputs)} texts; expected one for each.")
-    domains = list(dict.fromkeys(groups))
-    members = torch.tensor([domains.index(group) for group in groups])
-    _, merged = merged_groups(groups, inputs)
-    if merged or len(domains) < 2:
-        found = (
-            f"The groups {listed(merged[0])} share texts" if merged else f"All texts are of the group {domains[0]!r}"
-        )
-        raise ValueError(f"{found}; expected at least two groups that have no text in common.")
-    for number_, domain in enumerate(domains):
-        here = [text for text, member in zip(inputs, members.tolist(), strict=True) if member == number_]
-        classes = labels.classes[members == number_].tolist()
-        distinct = [len({t for t, c in zip(here, classes, strict=True) if c == k}) for k in range(len(labels.names))]
-        if min(distinct) < 2:
-            rare = labels.names[distinct.index(min(distinct))]
-            raise ValueError(
-                f"The group {domain!r} has {min(distinct)} different texts of the label {rare!r}; expected at least 2."
-            )
-    return [str(domain) for domain in domains], members
 
 
 def _transferred(

@@ -245,8 +245,8 @@ def train_sae(
     batches = shuffled(one_pass, batch_size, buffer_bytes, generator)
     sample = torch.cat([next(batches) for _ in range(4)])
     scale = math.sqrt(sample.shape[1]) / sample.norm(dim=1).mean().item()
-    weights = initial_weights(d_sae, kind, sample.mean(0) * scale, generator)
     window = max(25, min(1000, steps // 10))
+    weights = initial_weights(d_sae, kind, sample.mean(0) * scale, generator)
     trainer = Trainer(weights, kind, k, window, AUX_COEFFICIENT if kind in CHOOSING else LACK_COEFFICIENT)
     rate = 2e-4 * math.sqrt(2**14 / d_sae) if learning_rate is None else learning_rate
     log, stop = _loop(trainer, (batch * scale for batch in batches), steps, rate, sparsity_coefficient)

@@ -240,7 +240,7 @@ def _activity(model: PreTrainedModel, corpus: Corpus, point: HookPoint, sae: SAE
 
 
 def _check_request(features: Sequence[int] | None, labels: Labels | None, d_sae: int, top_k: int) -> None:
-    if not features and not labels:
+    if not len(features or []) and not labels:
         raise ValueError("Neither features nor labels are given; expected one of them. Say what to look for.")
     for feature in features or []:
         if not 0 <= feature < d_sae:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from techniques._batches import in_batches
 from techniques._model import logits_at
 from techniques._results import Header, header, number
-from techniques._tokens import check_context, check_eval, check_lists, encode, log_probs, pad, token_text
+from techniques._tokens import check_context, check_eval, check_lists, encode, log_probs, pad, texts_of, token_text
 
 LOGIT_BYTES = 2**28  # of float32 logits of one batch
 
@@ -112,7 +112,7 @@ def sequence_logprob(
         raise ValueError(f'normalize is {normalize!r}; expected "sum" or "mean".')
     if isinstance(completions, str) or not completions:
         raise ValueError(f"completions is {completions!r}; expected a list of at least one text.")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = texts_of(prompt)
     sequences = [
         _join(before, text, whole, completion)
         for text, before in zip(prompts, encode(tokenizer, prompts), strict=True)

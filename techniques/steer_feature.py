@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._generation import continue_tokens
 from techniques._hooks import HookPoint, edit
-from techniques._model import logits_at
 from techniques._results import Header, header, number
 from techniques._sae import SAE
 from techniques._sae_data import activations, locate, read_corpus
-from techniques._tokens import check_lists, encode, log_probs, pad
+from techniques._steering import next_logits
+from techniques._tokens import check_lists, encode, log_probs, texts_of
 
 
 class SteerRow(TypedDict):
@@ -129,7 +129,7 @@ def steer_feature(
     check_lists(reference_texts=reference_texts)
     sae, point = locate(model, sae)
     _check_steering(feature, sae.d_sae, coefficients, mode)
-    asked = [prompts] if isinstance(prompts, str) else list(prompts)
+    asked = texts_of(prompts)
     ids = encode(tokenizer, asked)
     unit, norm = _unit(model, tokenizer, sae, point, feature, reference_texts)
     row = sae.w_dec[feature]
@@ -220,6 +220,4 @@ def _push(
 
 
 def _next_logprobs(model: PreTrainedModel, ids: list[list[int]]) -> Float[Tensor, "prompts d_vocab"]:
-    batch = pad(ids, "right", 0, model.device)
-    rows, last = torch.arange(len(ids)), torch.tensor([len(row) - 1 for row in ids])
-    return log_probs(logits_at(model, batch, rows, last)).cpu()
+    return log_probs(next_logits(model, ids)).cpu()

@@ -7,20 +7,17 @@ et al., "Refusal in Language Models Is Mediated by a Single Direction" (2024), h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from techniques._activations import points_of
 from techniques._directions import Direction, unit_vector
-from techniques._generation import continue_tokens
-from techniques._hooks import Change, HookPoint, check_sites, edit, record
-from techniques._model import UnsupportedModelError, logits_at
-from techniques._results import Header, header, number, numbers
+from techniques._generation import Edits, continue_tokens, prompt_ids
+from techniques._hooks import HookPoint, check_sites
+from techniques._model import UnsupportedModelError
+from techniques._results import Header, few, header, number, numbers
 from techniques._steering import (
     Measure,
     Positions,
@@ -30,13 +27,23 @@ from techniques._steering import (
     check_positions,
     finite,
     kl_divergence,
-    longest,
+    next_and_cosine,
     next_logits,
     point_of,
     vector_of,
     with_controls,
+    without,
+    word_sets,
 )
-from techniques._tokens import chat_ids, check_context, check_lists, encode, log_probs, pad, single_token_id
+from techniques._tokens import (
+    check_context,
+    check_lists,
+    encode,
+    log_probs,
+    plain,
+    texts_of,
+    whole_numbers,
+)
 
 
 class SteeredPrompt(TypedDict):
@@ -189,6 +196,7 @@ def steer_generate(
     Raises:
         RuntimeError: No logit changed, so the model was not steered.
         ValueError: The coefficient is 0 or not finite, the direction does not fit the model, or an option is unknown.
+        MemoryError: A single prompt does not fit in memory; a batch that does not is halved.
 
     Misleads: A strong vector breaks any text; a change by itself shows nothing. `steering_sweep` compares it with
     random vectors of the same norm.
@@ -207,7 +215,8 @@ def steer_generate(
         neutral = [corpus.persona_prompt(None, question) for question in corpus.QUESTIONS[8:]]
         steer_generate(model, tokenizer, neutral, found, 1.0, max_new_tokens=10)
     """
-    texts, ids = _encoded(tokenizer, prompts, chat, system)
+    texts = texts_of(prompts)
+    ids = prompt_ids(tokenizer, texts, chat, system)
     if coefficient == 0:
         raise ValueError("coefficient is 0, which adds nothing; expected a positive or a negative number.")
     check_sites(model)
@@ -222,8 +231,8 @@ def steer_generate(
             f"A vector of norm {float(vector.norm()):.3g} at {point} changed no logit; expected a change. It is lost "
             f"in the rounding of {model.dtype}, or nothing reads it. Raise the coefficient or choose another layer."
         )
-    push = {point: Push(vector, positions, longest(ids))}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    push: Edits = lambda longest: {point: Push(vector, positions, longest)}  # noqa: E731
     clean, steered, changed = _continued(model, tokenizer, ids, push, options)
     moved = numbers(kl_divergence(log_probs(clean_next), log_probs(steered_next)))
     rows = [
@@ -249,11 +258,11 @@ def steering_sweep(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     directions: Direction | Sequence[Direction],
-    coefficients: Sequence[float],
+    coefficients: float | Sequence[float],
     targets: Sequence[str],
     against: Sequence[str] = (),
     *,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     positions: Positions = "all",
     units: Units = "difference",
     controls: Sequence[Literal["random", "shuffled"]] = ("random", "shuffled"),
@@ -286,6 +295,7 @@ def steering_sweep(
     Raises:
         RuntimeError: A vector changed no logit at any strength.
         ValueError: A target is not a single token or on both sides, a list is empty, or the direction does not fit.
+        MemoryError: A single prompt does not fit in memory; a batch that does not is halved.
 
     Misleads: The direction should do more than the controls at the same KL, not just more than nothing. Where KL is
     large or the perplexity high, the model is broken rather than steered. Strengths and layers that were picked from
@@ -309,13 +319,14 @@ def steering_sweep(
     check_lists(targets=targets, against=against)
     check_sites(model)
     check_positions(positions)
-    used = _used(directions, layers)
-    if not coefficients or n_draws < 1 or max_new_tokens < 0 or not set(controls) <= {"random", "shuffled"}:
+    used = _used(directions, None if layers is None else whole_numbers("layers", layers))
+    strengths = _strengths(coefficients)
+    if n_draws < 1 or max_new_tokens < 0 or not set(controls) <= {"random", "shuffled"}:
         raise ValueError(
-            f"coefficients is {list(coefficients)}, n_draws {n_draws}, max_new_tokens {max_new_tokens} and controls "
-            f'{list(controls)}; expected at least one coefficient, 1, 0, and "random" or "shuffled".'
+            f"n_draws is {n_draws}, max_new_tokens {max_new_tokens} and controls {list(controls)}; expected at least "
+            '1 and 0, and some of "random" and "shuffled".'
         )
-    asked, compared = _answer_ids(tokenizer, targets, against)
+    asked, compared = word_sets(tokenizer, targets, against)
     ids = encode(tokenizer, prompts)
     check_context(model, ids, max_new_tokens)
     measure = Measure(model, tokenizer, ids, asked, compared, positions, max_new_tokens, seed)
@@ -323,10 +334,9 @@ def steering_sweep(
     for direction, layer in used:
         point = point_of(model, direction, layer)
         vectors = with_controls(vector_of(model, direction, units), controls, n_draws, seed + point.layer)
-        rows += measure.rows(point, vectors, [finite(c) for c in coefficients])
-    clean = number(measure.clean_metric.mean())
+        rows += measure.rows(point, vectors, strengths)
     return SteeringSweep(
-        **header(model, "steering_sweep", n=len(ids), seed=seed),
+        **header(model, "steering_sweep", n=len(ids), seed=seed, warnings=few(len(ids), "prompt")),
         site=used[0][0]["site"],
         positive_class=used[0][0]["positive_class"],
         units=units,
@@ -334,7 +344,7 @@ def steering_sweep(
         metric="ln p(targets) / p(against)" if against else "ln p(targets)",
         targets=list(targets),
         against=list(against),
-        clean_metric=clean,
+        clean_metric=number(measure.clean_metric.mean()),
         clean_perplexity=measure.perplexity(measure.clean_texts) if measure.clean_texts else None,
         rows=rows,
     )
@@ -374,6 +384,7 @@ def ablate_direction(
     Raises:
         UnsupportedModelError: The stream still has a component along the direction, or the model lacks a site.
         ValueError: The direction does not fit the model, or an option is out of range.
+        MemoryError: A single prompt does not fit in memory; a batch that does not is halved.
 
     Misleads: No change does not show that the concept is unused: it may lie along other directions too. Projecting out
     any direction with a large mean changes the model, whatever it stands for.
@@ -391,7 +402,8 @@ def ablate_direction(
         found = concept_direction(model, tokenizer, experts, novices, layer=2, classes=("expert", "novice"))
         ablate_direction(model, tokenizer, experts[:4], found, max_new_tokens=10)
     """
-    texts, ids = _encoded(tokenizer, prompts, chat, system)
+    texts = texts_of(prompts)
+    ids = prompt_ids(tokenizer, texts, chat, system)
     decoder = check_sites(model)
     check_context(model, ids, max_new_tokens)
     if not direction["site"].startswith("resid") and direction["site"] not in ("attn_out", "mlp_out"):
@@ -401,16 +413,16 @@ def ablate_direction(
     vector = unit_vector(direction, decoder.d_model)
     writes = [HookPoint("resid_pre", 0)]
     writes += [HookPoint(site, layer) for layer in range(decoder.n_layers) for site in ("attn_out", "mlp_out")]
-    edits = dict.fromkeys(writes, _without(vector))
-    clean_next, clean_cosine = _next_and_cosine(model, ids, vector, {})
-    ablated_next, cosine = _next_and_cosine(model, ids, vector, edits)
+    edits = dict.fromkeys(writes, without(vector))
+    clean_next, clean_cosine = next_and_cosine(model, ids, vector, {})
+    ablated_next, cosine = next_and_cosine(model, ids, vector, edits)
     if not cosine <= max(1e-4, 8 * torch.finfo(model.dtype).eps):
         raise UnsupportedModelError(
             f"The residual stream of {type(model).__name__} still has a cosine of up to {cosine:.3g} with the "
             "direction; expected none. Something else than its embeddings, attention and MLPs writes to it."
         )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    clean, ablated, changed = _continued(model, tokenizer, ids, edits, options)
+    clean, ablated, changed = _continued(model, tokenizer, ids, lambda _: edits, options)
     moved = numbers(kl_divergence(log_probs(clean_next), log_probs(ablated_next)))
     rows = [
         AblatedPrompt(prompt=prompt, clean=before, ablated=after, changed=differs, kl_to_clean=kl)
@@ -426,60 +438,29 @@ def ablate_direction(
     )
 
 
-def _encoded(
-    tokenizer: PreTrainedTokenizerBase, prompts: str | Sequence[str], chat: bool, system: str | None
-) -> tuple[list[str], list[list[int]]]:
-    if system is not None and not chat:
-        raise ValueError("A system message was given for plain text; it needs the chat template. Pass chat=True.")
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    return texts, [chat_ids(tokenizer, text, system) for text in texts] if chat and texts else encode(tokenizer, texts)
-
-
 def _continued(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: list[list[int]],
-    edits: Mapping[HookPoint, Change],
+    edits: Edits,
     options: dict[str, Any],
 ) -> tuple[list[str], list[str], list[bool]]:
     """Continuations without and with the edits, and whether they differ."""
     clean = continue_tokens(model, tokenizer, ids, **options)
-    with edit(model, edits):
-        edited = continue_tokens(model, tokenizer, ids, **options)
+    edited = continue_tokens(model, tokenizer, ids, edits=edits, **options)
     differs = [a["token_ids"] != b["token_ids"] for a, b in zip(clean, edited, strict=True)]
     return [row["text"] for row in clean], [row["text"] for row in edited], differs
 
 
-def _without(vector: Float[Tensor, " d"]) -> Change:
-    def project_out(value: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
-        unit = vector.to(value.device)
-        return (value.float() - (value.float() @ unit)[..., None] * unit).to(value.dtype)
-
-    return project_out
-
-
-@torch.inference_mode()
-def _next_and_cosine(
-    model: PreTrainedModel, ids: list[list[int]], vector: Float[Tensor, " d"], edits: Mapping[HookPoint, Change]
-) -> tuple[Float[Tensor, "n d_vocab"], float]:
-    """Next-token logits under edits, and the largest |cosine| of the residual stream after any block."""
-    batch = pad(ids, "right", 0, model.device)
-    real = batch.attention_mask.bool()
-    last = torch.tensor([len(row) - 1 for row in ids])
-
-    def keep(value: Float[Tensor, "batch pos d"]) -> Float[Tensor, ""]:
-        cosine = torch.nn.functional.cosine_similarity(value.float(), vector.to(value.device), dim=-1)
-        return cosine[real.to(value.device)].abs().max()
-
-    points = points_of(model, "resid_post", "all")
-    with edit(model, edits), record(model, points, keep) as seen:
-        logits = logits_at(model, batch, torch.arange(len(ids)), last)
-    return logits, max(float(value) for value in seen.values())
+def _strengths(coefficients: float | Sequence[float]) -> list[float]:
+    given = plain(coefficients)
+    found = [finite(c) for c in ([given] if isinstance(given, int | float) else given)]
+    if not any(found):
+        raise ValueError(f"coefficients is {found}; expected one other than 0 at least, as 0 adds nothing.")
+    return found
 
 
-def _used(
-    directions: Direction | Sequence[Direction], layers: Sequence[int] | None
-) -> list[tuple[Direction, int | None]]:
+def _used(directions: Direction | Sequence[Direction], layers: list[int] | None) -> list[tuple[Direction, int | None]]:
     """Each direction with the layer to add it at; None for its own."""
     several = [directions] if isinstance(directions, dict) else list(directions)
     if not several or (layers is not None and (len(several) > 1 or not layers)):
@@ -488,14 +469,3 @@ def _used(
             "for a single one only."
         )
     return [(several[0], layer) for layer in layers] if layers is not None else [(one, None) for one in several]
-
-
-def _answer_ids(
-    tokenizer: PreTrainedTokenizerBase, targets: Sequence[str], against: Sequence[str]
-) -> tuple[list[int], list[int]]:
-    if isinstance(targets, str) or isinstance(against, str) or not targets:
-        raise ValueError(f"targets is {targets!r} and against {against!r}; expected lists of texts of one token each.")
-    asked, compared = ([single_token_id(tokenizer, text) for text in part] for part in (targets, against))
-    if set(asked) & set(compared):
-        raise ValueError(f"targets {list(targets)} and against {list(against)} share a token; expected different ones.")
-    return asked, compared

@@ -106,7 +106,7 @@ def floor(model: Any, clean: Tensor, corrupted: Tensor) -> None:
         parameter.requires_grad_(False)
     with torch.no_grad():
         model(clean, use_cache=False, logits_to_keep=1)
-        start = model.transformer.wte(corrupted)
+        start = model.get_input_embeddings()(corrupted)
     start.requires_grad_(True)
     logits = model(inputs_embeds=start, use_cache=False, logits_to_keep=1).logits
     torch.autograd.grad(logit_diff(logits), start)

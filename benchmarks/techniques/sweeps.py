@@ -2,8 +2,10 @@
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python -m benchmarks.techniques.sweeps [GROUP ...] [--layers 12] [--cells 48]
 
-Needs transformer-lens 4.3 and nnsight 0.8. Groups: residual, long, heads, positions, hooks. A peer that needs minutes
-runs a sample of `--cells` cells, spread over the sweep, and its time is scaled up to all of them.
+Needs transformer-lens: with 4.3 the peers are its bridge and, in the residual sweep, nnsight 0.8; with 3.9 its bridge
+and its HookedTransformer, which 4.0 removed. Larger shapes and GPUs: `benchmarks.techniques.shapes`. Groups: residual,
+long, heads, positions, hooks. A peer that needs minutes runs a sample of `--cells` cells, spread over the sweep, and
+its time is scaled up to all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from typing import Any, cast
 
 import torch
@@ -23,11 +27,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.measure import Figure, Samples, Section, interleaved, median, scaled
 from techniques._hooks import HookPoint, record, run
+from techniques._model import find_decoder
 from techniques._sweep import Patch, Variant, sweep
 from techniques._tokens import Batch
 
 GROUPS = ("residual", "long", "heads", "positions", "hooks")
-OURS, LENS, NNSIGHT = "ours", "TransformerLens 4.3", "nnsight 0.8, positions batched by hand"
+OURS, NNSIGHT = "ours", "nnsight 0.8, positions batched by hand"
+LENS, HOOKED = "TransformerLens' bridge", "its HookedTransformer"
 ANSWER, WRONG = 262, 290
 ROUNDS = 3
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
@@ -44,7 +50,7 @@ class Task:
     @property
     def n_layers(self) -> int:
         """Blocks of the model."""
-        return int(self.model.config.n_layer)
+        return int(self.model.config.num_hidden_layers)
 
     @property
     def length(self) -> int:
@@ -96,30 +102,30 @@ def measure_residual(given: Task, cells: int, target: float, nnsight_target: flo
     """resid_pre of each layer and position, copied from the clean run into the corrupted one."""
     all_cells = [(layer, position) for layer in range(given.n_layers) for position in range(given.length)]
     slow = spread(all_cells, cells) if given.length > 16 else all_cells
-    lens = LensSweep(given, "resid_pre")
     contenders: dict[str, Callable[[], Tensor]] = {
         OURS: lambda: ours_residual(given, all_cells),
-        LENS: lambda: lens.run(slow),
+        **lens_contenders(given, "resid_pre", slow),
     }
-    if nnsight_target is not None:
+    if nnsight_target is not None and not is_old_lens():
         contenders[NNSIGHT] = NnsightSweep(given).run
-    samples = checked(contenders, {OURS: all_cells, NNSIGHT: all_cells, LENS: slow})
-    samples[LENS] = [value * len(all_cells) / len(slow) for value in samples[LENS]]
+    samples = checked(contenders, {name: slow if name in (LENS, HOOKED) else all_cells for name in contenders})
+    scale_up(samples, len(all_cells) / len(slow))
     ours = median(samples[OURS])
-    figures = [Figure(f"{LENS} / ours", median(samples[LENS]) / ours, target, "times", at_least=True)]
-    if nnsight_target is not None:
-        figures.append(
-            Figure("nnsight / ours", median(samples[NNSIGHT]) / ours, nnsight_target, "times", at_least=True)
-        )
+    targets = {LENS: target, HOOKED: 17 if given.length == 16 else None, NNSIGHT: nnsight_target}
+    figures = [
+        Figure(f"{name.split(', ')[0]} / ours", median(samples[name]) / ours, limit, "times", at_least=True)
+        for name, limit in targets.items()
+        if name in samples and limit is not None
+    ]
     shared = int((given.clean == given.corrupted).sum())
     return Section(
         f"Residual sweep, {given.n_layers} layers x {given.length} positions",
         f"Logit difference at the last position of each of {len(all_cells)} patched runs; the prompts share {shared} "
-        f"tokens. {LENS} is its own `patching` module on its bridge.",
+        f"tokens. {lens_version()} sweeps with its own `patching` module.",
         "s",
         samples,
         figures,
-        [] if slow is all_cells else [f"{LENS} ran {len(slow)} of the cells; its time is scaled up."],
+        [] if slow is all_cells else [f"TransformerLens ran {len(slow)} of the cells; its time is scaled up."],
     )
 
 
@@ -153,17 +159,48 @@ def spread(cells: Sequence[Any], n: int) -> list[Any]:
     return list(cells[step // 2 :: step])
 
 
+def lens_version() -> str:
+    """Name and version of the peer that this environment has."""
+    return f"TransformerLens {version('transformer-lens')}"
+
+
+def is_old_lens() -> bool:
+    """Whether this is the release that has HookedTransformer still; nnsight can't share its environment."""
+    return version("transformer-lens").startswith("3.")
+
+
+def lens_contenders(given: Task, kind: str, cells: Sequence[tuple[int, ...]]) -> dict[str, Callable[[], Tensor]]:
+    """TransformerLens' sweeps over some cells, on each kind of model that the release has."""
+    models = {LENS: bridged(given.model)}
+    if is_old_lens():
+        from tests.techniques.oracles.record_attribution import hooked
+
+        models[HOOKED] = hooked(given.model, fold_ln=False)
+    return {name: partial(LensSweep(given, model, kind).run, cells) for name, model in models.items()}
+
+
+def scale_up(samples: Samples, factor: float) -> None:
+    """Let TransformerLens' time for some cells stand for all of them."""
+    for name in (LENS, HOOKED):
+        if name in samples:
+            samples[name] = [value * factor for value in samples[name]]
+
+
+def bridged(model: Any) -> Any:
+    """TransformerLens' bridge to a copy of the model, which it rebuilds."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model = copy.deepcopy(model)
+    return cast(Any, TransformerBridge).boot_transformers("gpt2", hf_model=model, tokenizer=stand_in(model))
+
+
 class LensSweep:
-    """TransformerLens' own sweep on a copy of the model, which its bridge rebuilds."""
+    """TransformerLens' own sweep on one of its models."""
 
-    def __init__(self, given: Task, kind: str) -> None:
-        from transformer_lens.model_bridge import TransformerBridge
-
-        self.kind, self.corrupted = kind, given.corrupted
-        model = copy.deepcopy(given.model)
-        self.bridge: Any = TransformerBridge.boot_transformers("gpt2", hf_model=model, tokenizer=stand_in(model))
+    def __init__(self, given: Task, model: Any, kind: str) -> None:
+        self.kind, self.corrupted, self.model = kind, given.corrupted, model
         with torch.no_grad():
-            _, self.cache = self.bridge.run_with_cache(given.clean)
+            _, self.cache = model.run_with_cache(given.clean)
 
     def run(self, cells: Sequence[tuple[int, ...]]) -> Tensor:
         """Some cells of the sweep, each one forward pass."""
@@ -179,7 +216,7 @@ class LensSweep:
         chosen = pandas.DataFrame(cells, columns=list(names[self.kind]))
         with torch.no_grad():
             options = {"index_axis_names": None, "index_df": chosen}
-            found = patch(self.bridge, self.corrupted, self.cache, logit_diff, **options)
+            found = patch(self.model, self.corrupted, self.cache, logit_diff, **options)
         return cast(Tensor, found)
 
 
@@ -243,23 +280,24 @@ def checked(contenders: dict[str, Callable[[], Tensor]], cells: dict[str, Sequen
 
 def measure_heads(given: Task, cells: int, *, by_position: bool) -> Section:
     """z of each head, at all positions at once or at each."""
-    heads, positions = range(given.model.config.n_head), range(given.length)
+    heads, positions = range(given.model.config.num_attention_heads), range(given.length)
     layers = range(given.n_layers)
     all_cells: list[tuple[int, ...]] = [(layer, head) for layer in layers for head in heads]
     if by_position:
         all_cells = [(layer, position, head) for layer in layers for position in positions for head in heads]
     slow = spread(all_cells, cells)
-    lens = LensSweep(given, "positions" if by_position else "heads")
-    contenders = {OURS: lambda: ours_heads(given, all_cells), LENS: lambda: lens.run(slow)}
-    samples = checked(contenders, {OURS: all_cells, LENS: slow})
-    samples[LENS] = [value * len(all_cells) / len(slow) for value in samples[LENS]]
-    ours, theirs = median(samples[OURS]), median(samples[LENS])
+    peers = lens_contenders(given, "positions" if by_position else "heads", slow)
+    contenders = {OURS: lambda: ours_heads(given, all_cells), **peers}
+    samples = checked(contenders, {name: slow if name in peers else all_cells for name in contenders})
+    scale_up(samples, len(all_cells) / len(slow))
+    ours, theirs = median(samples[OURS]), {name: median(samples[name]) for name in peers}
     rate = sum(given.n_layers - cell[0] for cell in all_cells) * given.length * block_operations(given) / ours
     peak = gemm_peak()
     target = Figure("of the peak of a matrix product", rate / peak, 0.75, "times", at_least=True)
     per_rate = f"{rate * ours / 1e9:.0f} GFLOP: {rate / 1e9:.0f} GFLOP/s in our time"
+    ratios = ", ".join(f"{name} {value / ours:.1f}" for name, value in theirs.items())
     notes = [
-        f"{LENS} ran {len(slow)} of the cells; its time is scaled up: {theirs / ours:.1f} times ours.",
+        f"{lens_version()} ran {len(slow)} of the cells; its time is scaled up: {ratios} times ours.",
         f"A matrix product of 1024 x 768 x 3072 runs at {peak / 1e9:.0f} GFLOP/s here.",
         f"Run from the patched layer on at all positions, the cells need {per_rate}.",
         "Fewer operations are made, as positions before the patch are left out.",
@@ -269,7 +307,7 @@ def measure_heads(given: Task, cells: int, *, by_position: bool) -> Section:
         f"z of each head {'at each position' if by_position else 'at all positions'}, {given.length} tokens.",
         "s",
         samples,
-        [target] if by_position else [Figure(f"{LENS} / ours", theirs / ours, 10, "times", at_least=True)],
+        [target] if by_position else [Figure(f"{LENS} / ours", theirs[LENS] / ours, 10, "times", at_least=True)],
         notes,
     )
 
@@ -287,18 +325,22 @@ def ours_heads(given: Task, cells: Sequence[tuple[int, ...]]) -> Tensor:
 
 def block_operations(given: Task) -> int:
     """Floating-point operations of the matrix products of one block for one position."""
-    return 2 * sum(int(p.numel()) for p in given.model.transformer.h[0].parameters() if p.dim() == 2)
+    block = find_decoder(given.model).blocks[0]
+    return 2 * sum(int(p.numel()) for p in block.parameters() if p.dim() == 2)
 
 
-def gemm_peak() -> float:
-    """Operations per second of a large matrix product, the best of some."""
-    a, b = torch.randn(1024, 768), torch.randn(768, 3072)
+def gemm_peak(sizes: tuple[int, int, int] = (1024, 768, 3072), **options: Any) -> float:
+    """Operations per second of a large matrix product, the best of some; `options` say of what kind and where."""
+    rows, inner, columns = sizes
+    a, b = torch.randn(rows, inner, **options), torch.randn(inner, columns, **options)
     times = []
     for _ in range(20):
         started = time.perf_counter()
         a @ b
+        if a.is_cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return 2 * 1024 * 768 * 3072 / min(times)
+    return 2 * rows * inner * columns / min(times)
 
 
 # Hooks.
@@ -310,27 +352,7 @@ def measure_hooks() -> Section:
     sizes = {"n_layer": 12, "n_embd": 64, "n_head": 4, "vocab_size": 257, "bos_token_id": 0, "eos_token_id": 0}
     model: Any = GPT2LMHeadModel(GPT2Config(**cast(Any, sizes)))
     model.eval()
-    inputs = batch(torch.randint(0, 257, (1, 16)))
-    points = [HookPoint(site, layer) for site in SITES for layer in range(12)]
-
-    def plain() -> None:
-        run(model, inputs)
-
-    def anew() -> None:
-        with record(model, points):
-            run(model, inputs)
-
-    def states() -> None:
-        model(**vars(inputs), use_cache=False, output_hidden_states=True)
-
-    samples: Samples = {}
-    with torch.inference_mode():
-        for _ in range(20):
-            found = interleaved({"plain": plain, "placed for each pass": anew, "output_hidden_states": states}, 1, 20)
-            with record(model, points):
-                found |= interleaved({"six sites": plain}, 1, 20)
-            for name, values in found.items():
-                samples.setdefault(name, []).extend(values)
+    samples = hooked_passes(model, batch(torch.randint(0, 257, (1, 16))), 20, 20)
     base = median(samples["plain"])
     return Section(
         "Hooks on six sites of twelve layers, d_model 64",
@@ -340,6 +362,37 @@ def measure_hooks() -> Section:
         [Figure("six sites / plain", median(samples["six sites"]) / base, 1.05, "times")],
         [f"Placed and removed for each pass: {median(samples['placed for each pass']) / base:.2f} times."],
     )
+
+
+@torch.inference_mode()
+def hooked_passes(model: Any, inputs: Batch, rounds: int, block: int) -> Samples:
+    """Times of forward passes, plain ones and others while six sites of every layer are recorded."""
+    points = [HookPoint(site, layer) for site in SITES for layer in range(model.config.num_hidden_layers)]
+
+    def finished() -> None:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def plain() -> None:
+        run(model, inputs)
+        finished()
+
+    def anew() -> None:
+        with record(model, points):
+            plain()
+
+    def states() -> None:
+        model(**vars(inputs), use_cache=False, output_hidden_states=True)
+        finished()
+
+    samples: Samples = {}
+    for _ in range(rounds):
+        found = interleaved({"plain": plain, "placed for each pass": anew, "output_hidden_states": states}, 1, block)
+        with record(model, points):
+            found |= interleaved({"six sites": plain}, 1, block)
+        for name, values in found.items():
+            samples.setdefault(name, []).extend(values)
+    return samples
 
 
 if __name__ == "__main__":

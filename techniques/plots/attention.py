@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from techniques.plots._style import AXIS, GRID, INK, LAYOUT, LINES, SCALE, label, quoted
@@ -22,19 +23,14 @@ def plot_attention_patterns(result: AttentionPatterns) -> Figure:
     """Draw each head's pattern as a small square: queries downwards, keys to the right.
 
     Args:
-        result: What `attention_patterns` returned, with its patterns inside.
+        result: What `attention_patterns` returned, with its patterns inside or in a file that can be read here.
 
     Raises:
-        ValueError: The patterns are in a file.
+        ValueError: The file of the patterns is not there.
     """
     from plotly.subplots import make_subplots  # noqa: PLC0415 - slow to import, and needed for drawing alone
 
-    rows = result["rows"]
-    if rows[0]["pattern"] is None:
-        raise ValueError(
-            "The patterns of this result are in a file; expected them inside. Call attention_patterns without save= "
-            "for the layers and heads that are to be drawn."
-        )
+    rows = _with_patterns(result)
     n_cols = _columns(rows)
     n_rows = -(-len(rows) // n_cols)
     titles = [f"{row['layer']}.{row['head']}" for row in rows]
@@ -67,6 +63,23 @@ def plot_attention_patterns(result: AttentionPatterns) -> Figure:
         margin={"l": 75, "r": 20, "t": 70, "b": 80},
     )
     return figure
+
+
+def _with_patterns(result: AttentionPatterns) -> list[HeadPattern]:
+    """The rows, with patterns that lie in a file read from it."""
+    rows, file = result["rows"], result["file"]
+    if file is None:
+        return rows
+    if not Path(file["path"]).is_file():
+        raise ValueError(
+            f"The patterns of this result are in {file['path']}, which is not there; expected the file on this "
+            "machine. Copy it from where the model ran, or call attention_patterns without save=."
+        )
+    from safetensors.numpy import load_file  # noqa: PLC0415
+
+    arrays = load_file(file["path"])
+    at = {layer: iter(arrays[f"layer_{layer}"].tolist()) for layer in dict.fromkeys(row["layer"] for row in rows)}
+    return [{**row, "pattern": next(at[row["layer"]])} for row in rows]
 
 
 def plot_head_scores(result: HeadScores) -> Figure:

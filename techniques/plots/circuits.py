@@ -10,7 +10,8 @@ from techniques.plots._style import AXIS, GRID, INK, LAYOUT, LINES, label
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from techniques.circuits import CircuitEvaluation, CircuitGraph, GraphEdge, GraphNode, RandomNull
+    from techniques._circuit_tests import RandomNull
+    from techniques.circuits import CircuitEvaluation, CircuitGraph, GraphEdge, GraphNode
     from techniques.iterative_pruning import CircuitPruning
 
 SIGNS = {True: LINES[0], False: LINES[2]}  # for and against the answer

@@ -83,7 +83,15 @@ def test_a_text_without_words_has_no_scores() -> None:
 def test_short_texts_are_named() -> None:
     result = readability(["cat " * 100, "cat"])
     assert result["warnings"] == ["1 of 2 texts have fewer than 100 words; single scores of them are unreliable."]
-    assert readability(["cat " * 100])["warnings"] == []
+    assert readability(["cat " * 100] * 2)["warnings"] == []
+
+
+def test_a_group_of_one_text_is_told() -> None:
+    texts = ["cat " * 100] * 3
+    note = "The intervals rest on one text of a group, so they have no width and say nothing about others."
+    for result in (readability(texts, ["a", "a", "b"]), lexical_register(texts, {"x": ["cat"]}, ["a", "a", "b"])):
+        assert result["warnings"] == [note]
+        assert all(mean["low"] == mean["high"] for mean in result["groups"] if mean["group"] == "b")
 
 
 @pytest.mark.parametrize(

@@ -590,3 +590,12 @@ def test_a_block_in_train_mode_is_refused(make_model: Any) -> None:
     model.model.layers[2].train()
     with pytest.raises(ValueError, match=r"train mode.*Call model.eval\(\) first"):
         check_sites(model)
+
+
+def test_a_forward_that_is_replaced_inside_stays(make_model: Any) -> None:
+    model = make_model("llama")
+    block = model.model.layers[1]
+    mine = block.mlp.forward
+    with record(model, [HookPoint("resid_pre", 1)]):
+        block.forward = mine
+    assert block.__dict__["forward"] is mine

@@ -17,11 +17,11 @@ from techniques._pairs import (
     metric_values,
     pair_metrics,
     position_columns,
-    recovered_interval,
     span_columns,
     span_positions,
     with_gap,
 )
+from techniques._stats import recovered_interval
 
 CLEAN, CORRUPTED, SHORT = "the cat sat on a mat", "the dog sat on a mat", "the dog sat"
 ANSWER = ("cat", "dog")
@@ -179,7 +179,7 @@ def test_pairs_without_a_gap_are_left_out(make_model: Any, tokenizer: Any) -> No
     assert (clean - corrupted).item() == pytest.approx(gaps[better].item())
     assert "a gap of" in kept.excluded[0]["reason"]
     assert baselines.clean.shape == (1, len(METRICS))
-    with pytest.raises(ValueError, match=r"No pair has a gap to be recovered: for the first, its logit difference is"):
+    with pytest.raises(ValueError, match=r"No pair of 2 has a gap to be recovered: for the first, its logit"):
         with_gap(model, pairs, min_gap=1e9)
     with pytest.raises(ValueError, match=r"min_gap is 0; expected more than 0 nats"):
         with_gap(model, pairs, min_gap=0)

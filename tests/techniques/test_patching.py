@@ -15,7 +15,7 @@ from accelerate import disk_offload
 from peft import LoraConfig, get_peft_model
 
 from interp_kernel.demo_model import corpus
-from techniques import patching
+from techniques import _pairs
 from techniques._model import UnsupportedModelError
 from techniques.patching import ActivationPatching, PatchRow, activation_patching
 from tests.techniques import by_hand, contrasts, handmade
@@ -399,7 +399,7 @@ def test_the_seed_decides_the_interval(demo: tuple[Any, Any]) -> None:
         ({"sites": ["resid_pre"], "grain": "head"}, r"sites is \['resid_pre'\]; expected .* z, q, k, v, pattern"),
         ({"sites": "z", "grain": "head"}, "sites is 'z'"),
         ({"spans": {"s": ["cat"]}, "grain": "head"}, "spans were given with the grain 'head'"),
-        ({"min_gap": 1e6}, "No pair has a gap to be recovered"),
+        ({"min_gap": 1e6}, "No pair of 1 has a gap to be recovered"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str, make_model: Any, tokenizer: Any) -> None:
@@ -433,7 +433,7 @@ def test_broken_weights_are_refused(make_model: Any, tokenizer: Any) -> None:
 def test_groups_of_pairs_give_the_same_rows(demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, answers = fact_pairs(5)
     whole = activation_patching(*demo, pairs, answers, ["mlp_out"])
-    monkeypatch.setattr(patching, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(_pairs, "CHUNK_ROWS", 2)
     groups = activation_patching(*demo, pairs, answers, ["mlp_out"])
     for row, same in zip(groups["rows"], whole["rows"], strict=True):
         assert row["effect"] == pytest.approx(same["effect"], abs=1e-5)

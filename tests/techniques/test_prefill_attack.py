@@ -20,12 +20,12 @@ NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System rol
 
 
 def fed(model: Any, tokenizer: Any, **options: Any) -> list[str]:
-    """The two prompts, with and without prefill, as the model first saw them, without what was masked."""
+    """The two prompts, the longer one first, as the model first saw them, without what was masked."""
     calls: list[dict[str, torch.Tensor]] = []
     model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
     prefill_attack(model, tokenizer, "the cat", max_new_tokens=1, **options)
     batch = zip(calls[0]["input_ids"], calls[0]["attention_mask"], strict=True)
-    return [tokenizer.decode(ids[mask.bool()]) for ids, mask in batch]
+    return sorted((tokenizer.decode(ids[mask.bool()]) for ids, mask in batch), key=len, reverse=True)
 
 
 @pytest.mark.parametrize(

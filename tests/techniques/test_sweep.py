@@ -425,7 +425,7 @@ def test_without_memory_for_one_variant_it_says_so(make_model: Any) -> None:
     assert sizes[:4] == [20, 10, 5, 2]  # halves that are still too large are not tried again
     assert max(sizes[3:]) <= 3
     with pytest.raises(
-        MemoryError, match=r"One variant of one prompt does not fit into memory beside the model\. Shorten"
+        MemoryError, match=r"One variant of one prompt does not fit in memory beside the model\. Shorten"
     ):
         sweep(model, batch, [Variant(0, [Patch(HookPoint("z", 0), lambda x: torch.empty(2**60))])])
 
