@@ -2,6 +2,7 @@
 
 `%load_ext interp_kernel` gives any IPython kernel the same magics; `InterpClient` does the same from Python.
 `hf_image` is the image of Modal containers, to be extended as `hf_image.uv_pip_install("einops")`.
+`record(name, value)` stores a metric in the notebook, for reports; `track(name)` keeps a folder of what a run logs.
 Importing this package loads nothing heavy.
 """
 
@@ -13,10 +14,12 @@ if TYPE_CHECKING:
     import modal
 
     from interp_kernel.client import InterpClient as InterpClient
+    from interp_kernel.notebook.metrics import record as record
+    from interp_kernel.tracking import track as track
 
     hf_image: modal.Image
 
-__all__ = ["InterpClient", "hf_image", "load_ipython_extension", "unload_ipython_extension"]
+__all__ = ["InterpClient", "hf_image", "load_ipython_extension", "record", "track", "unload_ipython_extension"]
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -46,4 +49,12 @@ def __getattr__(name: str) -> Any:
         from interp_kernel.backends.modal.image import hf_image
 
         return hf_image()
+    if name == "record":
+        from interp_kernel.notebook.metrics import record
+
+        return record
+    if name == "track":
+        from interp_kernel.tracking import track
+
+        return track
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

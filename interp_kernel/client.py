@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from interp_kernel.backends import Backend, OnEvent
 from interp_kernel.backends.local import LocalBackend
@@ -36,6 +36,8 @@ __all__ = ["InterpClient", "Job", "convert_technique_to_standalone"]
 
 class InterpClient:
     """A warm worker that holds a model, started on first use and shared by all who ask for the same model."""
+
+    session_type: ClassVar[type[Session]] = Session  # a run of a notebook sets one that writes its calls down
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class InterpClient:
         self.spec = WorkerSpec.from_json({"model_name": model_name, **options})
         self.backend = self._make_backend(for_modal)
         self._limit: float | None = for_modal.get("timeout")  # seconds of a call for which no other limit is given
-        self.session = Session(self.backend)
+        self.session = self.session_type(self.backend)
         self._techniques: dict[str, Technique] = {}
 
     def _make_backend(self, for_modal: dict[str, Any]) -> Backend:

@@ -1,12 +1,13 @@
 """Every error that interp-kernel raises itself; what a cell's own code raised keeps its own name.
 
 InterpError
-+-- SpecError            an option of a worker is wrong, found before anything starts (also a ValueError)
++-- SpecError            an option of a worker or a study is wrong, found before anything starts (also a ValueError)
 +-- ShipError            a value or function can't travel; the message names the variable (also a TypeError)
 +-- CallTimeoutError     a call ran past its time limit (also a TimeoutError)
 +-- LostValueError       a RemoteValue whose worker has ended (also a LookupError)
 +-- TechniqueError       a technique file can't be read or names no technique (also a ValueError)
 +-- NotebookError        a notebook or its parameters are refused before anything runs (also a ValueError)
++-- AgentError           an agent can't be started, or its endpoint can't be used (also a RuntimeError)
 +-- RemoteError          the call's own code raised; `ename`, `evalue`, `traceback` are the remote ones
 |                        (a stopped call's is also a KeyboardInterrupt)
 `-- WorkerError          the worker itself
@@ -31,7 +32,7 @@ class InterpError(Exception):
 
 
 class SpecError(InterpError, ValueError):
-    """An option of a worker is wrong."""
+    """An option of a worker, or a study of a batch, is wrong."""
 
 
 class ShipError(InterpError, TypeError):

@@ -210,9 +210,9 @@ def test_saving_costs_little_and_the_end_is_always_saved(tmp_path: Path, monkeyp
     saves = []
     write_really = record.write_atomically
 
-    def write_and_count(nb: Any, path: str) -> None:
+    def write_and_count(nb: Any, path: str, **layout: Any) -> None:
         saves.append(path)
-        write_really(nb, path)
+        write_really(nb, path, **layout)
 
     monkeypatch.setattr(record, "write_atomically", write_and_count)
     result = run(tmp_path, *[f"print({i})" for i in range(60)])

@@ -1,4 +1,4 @@
-"""What is refused before a run, and the page that comes out of it."""
+"""What `run` refuses before it starts, and the page that comes out of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from interp_kernel.errors import NotebookError
-from interp_kernel.notebook.checks import check_parameters, read_notebook
 from interp_kernel.notebook.report import PLOTLY, write_html
 from interp_kernel.notebook.run import findings, input_index, run_notebook
 
@@ -30,39 +29,6 @@ def stored(folder: Path, *cells: Any, **fields: Any) -> Path:
     return folder / "n.ipynb"
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (
-            {"cell_type": "python", "metadata": {}, "source": "1"},
-            r"Cell 1 of .* has cell_type 'python'; expected one of",
-        ),
-        (code(["a = 1", "print(a)"]), r"Cell 1 of .* has the source line 'a = 1' without a line end"),
-        (code(3), r"Cell 1 of .* has a source of type int"),
-        (code("'\ud800'"), r"Cell 1 of .* holds '\\ud800'"),
-        (code("1", metadata={"tags": "findings"}), r"Cell 1 of .* is not valid: 'findings' is not of type 'array'"),
-        (code("1", metadata="left out"), r"Cell 1 of .* is not valid: 'metadata' is a required property"),
-        (code("1", outputs=[{"output_type": "stream"}]), r"Cell 1 of .* is not valid"),
-        (code("1", id="has space"), r"Cell 1 of .* is not valid: 'has space' does not match"),
-        ("print(1)", r"Cell 1 of .* has cell_type None"),
-    ],
-)
-def test_malformed_cell_is_named(tmp_path: Path, bad: Any, message: str) -> None:
-    with pytest.raises(NotebookError, match=message):
-        read_notebook(stored(tmp_path, code("1"), bad))
-
-
-def test_malformed_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(NotebookError, match="doesn't exist"):
-        read_notebook(tmp_path / "none.ipynb")
-    for text, message in [("{", "can't be read"), ("[]", "no list `cells`"), ('{"cells": []}', "format None.None")]:
-        (tmp_path / "n.ipynb").write_text(text)
-        with pytest.raises(NotebookError, match=message):
-            read_notebook(tmp_path / "n.ipynb")
-    with pytest.raises(NotebookError, match=r"Cells \[0, 2\] of .* share the id 'x'"):
-        read_notebook(stored(tmp_path, code("1", id="x"), code("2"), code("3", id="x")))
-
-
 def test_harmless_omissions_are_made_good(tmp_path: Path) -> None:
     path = stored(
         tmp_path, code("1", outputs="left out", execution_count="left out"), code(["a = 1\n", "a"]), metadata={}
@@ -78,20 +44,6 @@ def test_kernel_must_be_named_and_installed(tmp_path: Path) -> None:
         run_notebook(path, tmp_path / "out.ipynb")
     with pytest.raises(NotebookError, match="asks for the kernel 'julia', which is not installed"):
         run_notebook(path, tmp_path / "out.ipynb", kernel_name="julia")
-
-
-def test_parameters_must_exist(tmp_path: Path) -> None:
-    plain = {"cells": [code("x = 1")]}
-    with pytest.raises(NotebookError, match="has no cell tagged `parameters`, so 'x' can't be set"):
-        check_parameters(tmp_path, plain, ["x"])
-    source = "%matplotlib inline\nx: int = 1\ny, (z, w) = 1, (2, 3)\nprint(q := 1)"
-    tagged = {"cells": [code("x = 1"), code(source, metadata={"tags": ["parameters"]})]}
-    check_parameters(tmp_path, tagged, ["x", "y", "z", "w"])
-    with pytest.raises(NotebookError, match="has no parameter 'v'; it takes x, y, z, w"):
-        check_parameters(tmp_path, tagged, ["x", "v"])
-    broken = {"cells": [code("x =", metadata={"tags": ["parameters"]})]}
-    with pytest.raises(NotebookError, match=r"Cell 0 of .* is not Python"):
-        check_parameters(tmp_path, broken, ["x"])
 
 
 def test_source_is_never_overwritten(tmp_path: Path) -> None:

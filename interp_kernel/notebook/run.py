@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import json
-import re
 import sys
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from interp_kernel.errors import NotebookError
+from interp_kernel.notebook.executed import findings, input_index
+from interp_kernel.notebook.provenance import Ledger, OnCell, append, facts_of, lines
 
-FINDINGS = "findings"
-TRACEBACK_LINES = 20
-ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+__all__ = ["RunResult", "findings", "input_index", "run_notebook"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,8 @@ def run_notebook(
     progress: bool = True,
     kernel_name: str | None = None,
     cwd: str | Path | None = None,
+    facts: Mapping[str, Any] | None = None,
+    on_cell: OnCell | None = None,
 ) -> RunResult:
     """Run a notebook; whatever a cell does, the executed notebook and its HTML are written and the result says so.
 
@@ -77,38 +76,53 @@ def run_notebook(
         progress: Whether a progress bar is shown on stderr.
         kernel_name: Kernel to use instead of the one that the notebook names.
         cwd: Working directory of the kernel; by default the notebook's own folder, as in JupyterLab.
+        facts: What a batch knows of the run, for its record.
+        on_cell: Called as each cell begins, with its index and the number of cells.
 
     Raises:
         NotebookError: The notebook or its parameters are refused; nothing has run.
         SpecError: An option of the model is wrong; nothing has run.
+        OSError: The output can't be written.
     """
     path, output, parameters = Path(path), Path(output), dict(parameters or {})
-    options = prepare(path, output, parameters, kernel_name)
+    notebook, options = prepare(path, output, parameters, kernel_name)
+    folder = Path(cwd or path.parent).resolve()
+    ledger = begin(path, notebook, parameters, output, model=model, folder=folder, given=facts)
     from papermill.exceptions import PapermillExecutionError
 
     from interp_kernel.notebook.report import write_html
     from interp_kernel.notebook.runner import RunInterruptedError
 
-    start = time.monotonic()
-    # The executed notebook tells how it ended; the exception would only repeat it.
-    with contextlib.suppress(PapermillExecutionError, RunInterruptedError):
-        papermill_run(
-            path,
-            output,
-            parameters=parameters,
-            execution_timeout=timeout_s,
-            model=model,
-            progress_bar=bar_options() if progress else False,
-            kernel_cwd=str(Path(cwd or path.parent).resolve()),
-            **options,
-        )
-    seconds = time.monotonic() - start
-    return result(path, output, write_html(output), seconds)
+    try:
+        # The executed notebook tells how it ended; the exception would only repeat it.
+        with contextlib.suppress(PapermillExecutionError, RunInterruptedError):
+            papermill_run(
+                notebook,
+                parameters=parameters,
+                paths=(str(path), str(output)),
+                ledger=ledger,
+                on_cell=on_cell,
+                execution_timeout=timeout_s,
+                model=model,
+                progress_bar=bar_options() if progress else False,
+                kernel_cwd=str(folder),
+                **options,
+            )
+    except BaseException as error:
+        ledger.give_up(error)
+        raise
+    finally:
+        append(output.parent, ledger.facts)
+    write_html(output)
+    return result(output, ledger.facts)
 
 
-def prepare(path: Path, output: Path, parameters: Mapping[str, Any], kernel_name: str | None) -> dict[str, str]:
-    """Check everything that can be checked before a kernel starts; returns the kernel's name and language."""
-    from interp_kernel.notebook.checks import check_parameters, kernel_of, read_notebook
+def prepare(
+    path: Path, output: Path, parameters: Mapping[str, Any], kernel_name: str | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Check everything that can be checked before a kernel starts; the notebook, and its kernel's name and language."""
+    from interp_kernel.notebook.checks import kernel_of, read_notebook
+    from interp_kernel.notebook.parameters import check_parameters
 
     notebook = read_notebook(path)
     name, language = kernel_of(path, notebook, kernel_name)
@@ -116,11 +130,35 @@ def prepare(path: Path, output: Path, parameters: Mapping[str, Any], kernel_name
     if output.resolve() == path.resolve():
         raise NotebookError(f"{output} is the notebook itself; expected another file for the executed one.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    return {"kernel_name": name, "language": language}
+    return notebook, {"kernel_name": name, "language": language}
 
 
-def papermill_run(path: Path, output: Path, **options: Any) -> None:
+def begin(
+    path: Path,
+    notebook: dict[str, Any],
+    parameters: Mapping[str, Any],
+    output: Path,
+    *,
+    model: str | None,
+    folder: Path,
+    given: Mapping[str, Any] | None,
+) -> Ledger:
+    """A ledger of the run, whose beginning is written beside the output."""
+    from interp_kernel.magics import json_or_text, settings_from
+
+    options = settings_from(json_or_text(model), "--model") if model else None
+    facts = facts_of(path, notebook, parameters, output, model=options, folders=[folder, Path.cwd()], given=given)
+    if given is None:
+        before = [line["attempt"] for line in lines(output.parent) if line["key"] == facts["key"]]
+        facts["attempt"] = 1 + max(before, default=0)
+    ledger = Ledger(facts, notebook)
+    append(output.parent, ledger.facts)
+    return ledger
+
+
+def papermill_run(notebook: dict[str, Any], **options: Any) -> None:
     """papermill.execute_notebook with our engine, also where its entry point isn't installed."""
+    import nbformat
     import papermill
     from nbformat.warnings import MissingIDFieldWarning
     from papermill.engines import papermill_engines
@@ -128,11 +166,10 @@ def papermill_run(path: Path, output: Path, **options: Any) -> None:
     from interp_kernel.notebook.engine import InterpEngine
 
     papermill_engines.register("interp", InterpEngine)
-    # papermill takes a path as a format string.
-    source, target = (str(p).replace("{", "{{").replace("}", "}}") for p in (path, output))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MissingIDFieldWarning)  # it gets its ids as it is read
-        papermill.execute_notebook(source, target, engine_name="interp", **options)
+        # The engine writes the output, atomically; papermill would write it once more in place.
+        papermill.execute_notebook(nbformat.from_dict(notebook), None, engine_name="interp", **options)
 
 
 def bar_options() -> dict[str, Any]:
@@ -144,60 +181,9 @@ def bar_options() -> dict[str, Any]:
     }
 
 
-def result(source: Path, output: Path, html: Path, seconds: float) -> RunResult:
-    """The record of a run, read from the executed notebook."""
-    executed = json.loads(output.read_text(encoding="utf-8"))
-    facts = executed["metadata"]["papermill"]["interp"]
-    failed = facts.get("failed_cell")
+def result(output: Path, record: Mapping[str, Any]) -> RunResult:
+    """How a run went, by its record."""
+    shared = {name: record[name] for name in ("status", "seconds", "failed_cell", "ename", "evalue", "findings")}
     return RunResult(
-        status=facts["status"],
-        output=output,
-        html=html,
-        seconds=round(seconds, 3),
-        failed_cell=None if failed is None else input_index(json.loads(source.read_text("utf-8")), executed, failed),
-        ename=facts.get("ename"),
-        evalue=facts.get("evalue"),
-        traceback=traceback(executed["cells"][failed]) if failed is not None else (),
-        findings=findings(executed),
+        output=output, html=output.with_name(record["html"]), traceback=tuple(record["traceback"]), **shared
     )
-
-
-def traceback(cell: Mapping[str, Any]) -> tuple[str, ...]:
-    """The end of what the cell's errors show; a cell that was stopped shows where, then why."""
-    shown = [part for output in cell["outputs"] for part in output.get("traceback", [])]
-    lines = [line for part in shown for line in ANSI.sub("", part).splitlines()]
-    return tuple(lines[-TRACEBACK_LINES:])
-
-
-def input_index(source: Mapping[str, Any], executed: Mapping[str, Any], index: int) -> int | None:
-    """Where cell `index` of the executed notebook stands in its source; None for one that papermill added.
-
-    papermill drops its markers of an earlier failure and adds or replaces one cell of parameters.
-    """
-    kept = [i for i, cell in enumerate(source["cells"]) if "papermill-error-cell-tag" not in _tags(cell)]
-    added = len(executed["cells"]) - len(kept)
-    where = next((i for i, cell in enumerate(executed["cells"]) if "injected-parameters" in _tags(cell)), None)
-    if not added or where is None or index < where:
-        return kept[index]
-    return None if index == where else kept[index - added]
-
-
-def findings(executed: Mapping[str, Any]) -> Any:
-    """What the last cell tagged `findings` displayed; None if there is none or it displayed nothing."""
-    tagged = [cell for cell in executed["cells"] if cell["cell_type"] == "code" and FINDINGS in _tags(cell)]
-    shown = [output["data"] for cell in tagged[-1:] for output in cell["outputs"] if "data" in output]
-    if not shown:
-        return None
-    if "application/json" in shown[-1]:
-        return shown[-1]["application/json"]
-    text = "".join(shown[-1].get("text/plain", ""))
-    try:
-        value = ast.literal_eval(text)
-        json.dumps(value, allow_nan=False)
-    except (ValueError, TypeError, SyntaxError):
-        return text
-    return value
-
-
-def _tags(cell: Mapping[str, Any]) -> list[str]:
-    return list(cell.get("metadata", {}).get("tags", []))

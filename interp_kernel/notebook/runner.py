@@ -13,11 +13,13 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -34,8 +36,11 @@ from papermill.exceptions import PapermillExecutionError
 from interp_kernel.client import InterpClient
 from interp_kernel.kernelspec import NAME, kernelspec_folder
 from interp_kernel.magics import json_or_text, settings_from
-from interp_kernel.notebook.record import Failure, Record, join_streams
+from interp_kernel.notebook.provenance import REMOTE, Ledger, OnCell, facts_of
+from interp_kernel.notebook.record import Failure, Record, join_streams, model_options
 
+OUTPUTS_MODULE = "interp_kernel.notebook.outputs"
+CALLS_MODULE, CALLS_VARIABLE = "interp_kernel.notebook.calls", "INTERP_CALLS"
 POLL_S = 0.1
 GRACE_S = 10.0
 """How long a cell may take to end after it was interrupted, before its kernel is killed."""
@@ -76,6 +81,9 @@ def execute(
     stderr_file: Any = None,
     model: str | None = None,
     kernel_cwd: str | None = None,
+    paths: tuple[str, str] | None = None,
+    ledger: Ledger | None = None,
+    on_cell: OnCell | None = None,
     **client_options: Any,
 ) -> NotebookNode:
     """Run every cell of `nb`, in place.
@@ -94,15 +102,23 @@ def execute(
         model: Model for the notebook's remote cells, over the notebook's own `metadata.interp`: a name, or a JSON
             object of InterpClient's options.
         kernel_cwd: Working directory of the kernel; by default this process's.
+        paths: Those of the notebook and of its output, where papermill wasn't told.
+        ledger: What is known of the run so far; its record grows there.
+        on_cell: Called as each cell begins, with its index and the number of cells.
         client_options: Traits of nbclient's NotebookClient.
 
     Raises:
         PapermillExecutionError: A cell raised, ran too long, or lost its kernel.
         RunInterruptedError: SIGINT or SIGTERM stopped the run.
     """
-    client_options.pop("input_path", None)
+    given_path = client_options.pop("input_path", None)
+    source_path, output_path = paths or (given_path, output_path)
     final_path = output_path or nb.metadata.papermill.get("output_path")
-    record = Record(nb, output_path, log_output, progress_bar, autosave_cell_every)
+    nb.metadata.papermill.update(input_path=source_path, output_path=final_path)
+    if isinstance(nb.metadata.get("interp"), dict):
+        nb.metadata["interp"] = model_options(nb)  # else it would hold the record of an earlier run until this one ends
+    ledger = ledger or ledger_of(nb, model)
+    record = Record(nb, output_path, log_output, progress_bar, autosave_cell_every, ledger=ledger, on_cell=on_cell)
     client = Client(
         record,
         km=AsyncKernelManager(kernel_name=kernel_name, kernel_spec_manager=SpecManager(), transport_encryption="auto"),
@@ -114,7 +130,7 @@ def execute(
         cell_timeout_s=execution_timeout,
         **{"iopub_timeout": 60, **client_options},
     )
-    environment = kernel_environment(nb, model)
+    environment = kernel_environment(nb, model) | {CALLS_VARIABLE: str(ledger.calls_file)}
     record.notebook_start()
     with client.signals_caught():
         failure = run_sync(client.run_cells)(env=environment, cwd=kernel_cwd or os.getcwd())
@@ -123,6 +139,18 @@ def execute(
         raise_failure(nb, failure, client.signals)
     leave_judging_to_this_engine(nb)
     return nb
+
+
+def ledger_of(nb: NotebookNode, model: str | None) -> Ledger:
+    """A ledger for a run that papermill itself was asked for."""
+    facts = nb.metadata.papermill
+    path, output = Path(facts.get("input_path") or "notebook"), facts.get("output_path")
+    options = settings_from(json_or_text(model), "--model") if model else None
+    parameters = dict(facts.get("parameters") or {})
+    folders = [Path.cwd(), path.resolve().parent]
+    source = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else nb
+    place = Path(output) if output else None
+    return Ledger(facts_of(path, source, parameters, place, model=options, folders=folders), source)
 
 
 def raise_failure(nb: NotebookNode, failure: Failure, signals: list[int]) -> None:
@@ -169,7 +197,7 @@ def kernel_environment(nb: NotebookNode, model: str | None) -> dict[str, str]:
     env.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
     # It drops what a cell shows after its end, so jobs in the background must end with their cell.
     env["INTERP_BATCH"] = "1"
-    choice = nb.metadata.get("interp") if model is None else json_or_text(model)
+    choice = model_options(nb) if model is None else json_or_text(model)
     if choice:
         options = settings_from(choice, "metadata.interp" if model is None else "--model")
         InterpClient(**options).close()
@@ -206,6 +234,7 @@ class Client(PapermillNotebookClient):  # type: ignore[misc]
             return
         caught = (signal.SIGINT, signal.SIGTERM)
         before = [signal.signal(signum, self.note_signal) for signum in caught]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, caught)  # a batch blocks them up to here
         try:
             yield
         finally:
@@ -221,9 +250,9 @@ class Client(PapermillNotebookClient):  # type: ignore[misc]
         self.reset_execution_trackers()
         index = None
         try:
-            await self.guarded(self.start(**start), None)
+            await self.guarded(self.start(**start), None, "before its first cell")
             for index, cell in enumerate(self.nb.cells):
-                self.raise_if_signalled("before")
+                self.raise_if_signalled("before this cell")
                 await self.run_cell(cell, index)
             self.set_widgets_metadata()
         except (CellExecutionError, CellStoppedError, DeadKernelError, CellTimeoutError) as error:
@@ -243,6 +272,10 @@ class Client(PapermillNotebookClient):  # type: ignore[misc]
         if spec is not None and any(name in " ".join(spec.argv) for name in ("ipykernel", "interp_kernel")):
             # Runs in parallel would contend for the one history file, and a run is nobody's history.
             self.extra_arguments = ["--HistoryManager.hist_file=:memory:"]
+            if self.km.format_kernel_cmd()[0] == sys.executable:  # another Python may lack this package
+                self.extra_arguments += ["--ext", OUTPUTS_MODULE]
+                if any(REMOTE.search(cell.source) for cell in self.nb.cells if cell.cell_type == "code"):
+                    self.extra_arguments += ["--ext", CALLS_MODULE]
         try:
             await self.async_start_new_kernel(**start)
             await self.async_start_new_kernel_client()
@@ -265,7 +298,9 @@ class Client(PapermillNotebookClient):  # type: ignore[misc]
                 cell.outputs = join_streams(cell.outputs)
             self.nb_man.cell_complete(cell, cell_index=index)
 
-    async def guarded(self, work: Coroutine[Any, Any, Any], timeout_s: float | None) -> None:
+    async def guarded(
+        self, work: Coroutine[Any, Any, Any], timeout_s: float | None, where: str = "in this cell"
+    ) -> None:
         """Await `work`, saving the notebook meanwhile; stop it on a signal or after `timeout_s`.
 
         Raises:
@@ -279,7 +314,7 @@ class Client(PapermillNotebookClient):  # type: ignore[misc]
                 self.nb_man.save()
                 if self.signals or (timeout_s and time.monotonic() - start > timeout_s):
                     await self.stop(task)
-                    self.raise_if_signalled("in")
+                    self.raise_if_signalled(where)
                     raise CellStoppedError(
                         "timeout",
                         "CellTimeoutError",
@@ -310,10 +345,10 @@ class Client(PapermillNotebookClient):  # type: ignore[misc]
         await self.km.provisioner.kill()
 
     def raise_if_signalled(self, where: str) -> None:
-        """Raise CellStoppedError if a signal came; `where` it found the run: in a cell or before one."""
+        """Raise CellStoppedError if a signal came; `where` it found the run, in words."""
         if self.signals:
             name = signal.Signals(self.signals[0]).name
-            raise CellStoppedError("interrupted", "KeyboardInterrupt", f"{name} stopped the run {where} this cell.")
+            raise CellStoppedError("interrupted", "KeyboardInterrupt", f"{name} stopped the run {where}.")
 
     async def failure(self, error: Exception, index: int | None) -> Failure:
         """Describe the error and make sure that the cell it hit shows it."""
