@@ -11,9 +11,10 @@ import nbformat
 import numpy as np
 import pytest
 
-from interp_kernel.cli import main, parameter_value
+from interp_kernel.cli import main
 from interp_kernel.errors import NotebookError
 from interp_kernel.notebook.checks import examine, kernel_of, read_notebook, typed
+from interp_kernel.notebook.commands import parameter_value
 from interp_kernel.notebook.parameters import check_parameters, declared_parameters
 from interp_kernel.notebook.run import run_notebook
 

@@ -15,7 +15,8 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbformat.v4 import new_code_cell, new_notebook
 
 from interp_kernel.backends.local import LocalBackend
-from interp_kernel.cli import main, parameter_value
+from interp_kernel.cli import main
+from interp_kernel.notebook.commands import parameter_value
 from interp_kernel.notebook.run import findings
 from interp_kernel.spec import WorkerSpec
 

@@ -194,6 +194,22 @@ def test_keeper_that_is_told_to_end_saves_and_takes_its_kernel_along(opened: Age
     assert [entry["state"] for entry in log_of(path) if entry["event"] == "run"] == ["interrupted"]
 
 
+def test_notebook_of_a_session_that_is_ending_is_opened_when_it_has_ended(opened: Agent, workspace: Path) -> None:
+    path = opened.start("slow")
+    opened.run("1")
+    [keeper] = keepers()
+    first, kernel = opened.session, psutil.Process(int(opened.info()["kernel_pid"]))
+    kernel.suspend()  # it is killed in the end, after some seconds
+    ended = opened.begin("shutdown_session", session_id=first)
+    wait_until((sessions.root() / first / sessions.ENDING).exists)
+    with agent(workspace) as other:
+        assert other.call("list_sessions")["sessions"] == []
+        assert other.resume(path.name, rerun=False)["session_id"] != first
+        assert not keeper.is_running()
+        assert not ended.result().isError
+        other.shutdown()
+
+
 def test_what_a_killed_keeper_left_is_cleared_away(opened: Agent) -> None:
     opened.start("killed")
     [keeper] = keepers()
