@@ -145,7 +145,7 @@ def peer(folder: Path) -> Iterator[Theirs | None]:
     url, token = f"http://127.0.0.1:{port}", "benchmark"
     lab = [f"{home}/bin/jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}"]
     lab += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
-    with (folder / "lab.log").open("w") as log, subprocess.Popen(lab, stdout=log, stderr=log) as process:
+    with (folder / "lab.log").open("w") as log, subprocess.Popen(lab, cwd=folder, stdout=log, stderr=log) as process:
         try:
             wait_for(f"{url}/api/status?token={token}")
             command = [f"{home}/bin/{PEER}", "start", "--transport", "stdio", "--jupyter-url", url]

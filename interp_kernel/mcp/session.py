@@ -254,13 +254,15 @@ class Session:
         rows = self.runner.mask.output(from_reply(await self.runner.ask(expression())))
         return {"variables": rows, **self.facts()}
 
-    async def read(self, start: int = 0, limit: int = 20) -> Facts:
-        """A stretch of the notebook's cells, with their outputs, from the file as it is now."""
+    async def read(self, start: int = 0, limit: int = 20, outputs: bool = True) -> Facts:
+        """A stretch of the notebook's cells, from the file as it is now."""
         self.take_in()
         cells = self.document.cells[max(0, start) : max(0, start) + max(0, limit)]
         rows = [
             {"index": self.document.cells.index(cell), **self.last_facts(cell), "source": cell.source} for cell in cells
         ]
+        for row in [] if outputs else rows:
+            del row["outputs"]
         return {**self.facts(), "rows": rows, "start": max(0, start)}
 
     async def output(self, cell_id: str) -> Facts:

@@ -282,7 +282,7 @@ class Tools:
             start: Index of the first cell to show.
             limit: How many cells to show.
         """
-        facts = await self._ask(session_id, "read", start=start, limit=limit)
+        facts = await self._ask(session_id, "read", start=start, limit=limit, outputs=view == "cells")
         blocks = [text_block(outline(facts))] if view == "outline" else await cells(facts)
         rows = [{name: row[name] for name in ("index", "cell_id", "cell_type", "state")} for row in facts["rows"]]
         return Answer([*blocks, *notes(facts)], {**session_facts(facts), "start": start, "rows": rows})
