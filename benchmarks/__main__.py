@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.measure import Section
 
-GROUPS = ("calls", "cells", "tensors", "starts", "outputs", "memory", "modal")
+GROUPS = ("calls", "cells", "tensors", "starts", "outputs", "memory", "modal", "mcp", "batch")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 VERSIONS = (
     "interp-kernel",
@@ -27,6 +27,8 @@ VERSIONS = (
     "ipyparallel",
     "cloudpickle",
     "modal",
+    "mcp",
+    "papermill",
 )
 INTRODUCTION = """\
 # Results

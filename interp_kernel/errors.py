@@ -7,6 +7,7 @@ InterpError
 +-- LostValueError       a RemoteValue whose worker has ended (also a LookupError)
 +-- TechniqueError       a technique file can't be read or names no technique (also a ValueError)
 +-- NotebookError        a notebook or its parameters are refused before anything runs (also a ValueError)
++-- SessionError         a session or cell of an agent's is not known, or can't do now what it is asked for
 +-- AgentError           an agent can't be started, or its endpoint can't be used (also a RuntimeError)
 +-- RemoteError          the call's own code raised; `ename`, `evalue`, `traceback` are the remote ones
 |                        (a stopped call's is also a KeyboardInterrupt)
@@ -53,6 +54,14 @@ class TechniqueError(InterpError, ValueError):
 
 class NotebookError(InterpError, ValueError):
     """A notebook can't be run as it is, or was given parameters that it doesn't take."""
+
+
+class SessionError(InterpError):
+    """A session or cell is not known, or can't do now what it is asked for; the message says what it can."""
+
+
+class AgentError(InterpError, RuntimeError):
+    """An agent can't be started, or its endpoint can't be used."""
 
 
 class RemoteError(InterpError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from techniques._batches import in_batches
 from techniques._hooks import HookPoint, check_sites, hook_point, record, run
 from techniques._model import find_decoder
-from techniques._pairs import span_positions
 from techniques._tokens import (
     check_context,
     check_lists,
@@ -22,6 +22,7 @@ from techniques._tokens import (
     pad,
     plain,
     resolve_position,
+    span_positions,
     token_text,
     whole_numbers,
 )
@@ -147,6 +148,17 @@ def activations_at(
     found = torch.stack(in_batches(lengths, max_tokens, lambda which: list(_batch(model, reading, which, points))))
     _check_finite(found, points)
     return found
+
+
+def untrained_activations(
+    model: PreTrainedModel, reading: Reading, points: Sequence[HookPoint], seed: int
+) -> Float[Tensor, "n layers d"]:
+    """Activations of the same architecture with random weights."""
+    base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        blank = type(base)(copy.deepcopy(base.config))
+    return activations_at(blank.to(model.device, model.dtype).eval(), reading, points).flatten(2)
 
 
 @torch.no_grad()

@@ -21,16 +21,28 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from techniques._model import SITES, Decoder, Heads, Layer, Site, UnsupportedModelError, find_decoder
-from techniques._taps import Forward, Placement, Wrap, after, before, placed
+from techniques._site_values import (
+    Look,
+    eager_attention,
+    join_heads,
+    note_heads,
+    note_input,
+    note_output,
+    on_input,
+    on_output,
+    pattern_of,
+    placement,
+    split_heads,
+    weighted,
+)
+from techniques._taps import Placement, after, placed
 from techniques._tokens import Batch, check_eval, check_finite
 
 Change = Callable[[Tensor], Tensor]
-Look = Callable[[Tensor], Tensor | None]
 
 
 class HookPoint(NamedTuple):
@@ -141,63 +153,19 @@ def _recorder(
 ) -> Placement:
     if point.site == "pattern":
         change = _seen(point, found, keep)
-        return Placement(site.module, False, after(lambda output: change(_pattern(output))))
+        return Placement(site.module, False, after(lambda output: change(pattern_of(output))))
     if site.heads is not None:
         see = _seen_heads(site.heads, _seen(point, found, keep))
         if keep is None and point.site == "z" and site.heads.groups == 1:
-            return Placement(site.module, True, _note_heads(point, found, site.heads, _on_input(see)))
-        return _placement(site, see)
+            return Placement(site.module, True, note_heads(point, found, site.heads, on_input(see)))
+        return placement(site, see)
     if point.site == "mlp_out" and layer.mid is None:
         look = _seen(point, found, keep)
         # Falcon adds attention's output to it in place.
-        return _placement(site, lambda raw: raw.clone() if look(raw) is None else None)
+        return placement(site, lambda raw: raw.clone() if look(raw) is None else None)
     if keep is None:
-        return Placement(site.module, site.is_input, (_note_input if site.is_input else _note_output)(point, found))
-    return _placement(site, _seen(point, found, keep))
-
-
-# `before` and `after` of a function that notes the value, written out: a call less for each module of a small model.
-
-
-def _note_input(point: HookPoint, found: dict[HookPoint, Tensor]) -> Wrap:
-    def wrap(forward: Forward) -> Forward:
-        def tapped(*args: Any, **kwargs: Any) -> Any:
-            found[point] = args[0] if args else kwargs["hidden_states"]
-            return forward(*args, **kwargs)
-
-        return tapped
-
-    return wrap
-
-
-def _note_output(point: HookPoint, found: dict[HookPoint, Tensor]) -> Wrap:
-    def wrap(forward: Forward) -> Forward:
-        def tapped(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            found[point] = output[0] if type(output) is tuple else output
-            return output
-
-        return tapped
-
-    return wrap
-
-
-def _note_heads(point: HookPoint, found: dict[HookPoint, Tensor], heads: Heads, with_grad: Wrap) -> Wrap:
-    sizes = heads.stop, heads.d_head
-
-    def wrap(forward: Forward) -> Forward:
-        slow = with_grad(forward)
-
-        def tapped(*args: Any, **kwargs: Any) -> Any:
-            raw: Tensor = args[0] if args else kwargs["hidden_states"]
-            if raw.requires_grad:
-                return slow(*args, **kwargs)
-            found[point] = torch.unflatten(raw, -1, sizes)
-            return forward(*args, **kwargs)
-
-        return tapped
-
-    return wrap
+        return Placement(site.module, site.is_input, (note_input if site.is_input else note_output)(point, found))
+    return placement(site, _seen(point, found, keep))
 
 
 def _seen(point: HookPoint, found: dict[HookPoint, Tensor], keep: Change | None) -> Look:
@@ -209,79 +177,12 @@ def _seen(point: HookPoint, found: dict[HookPoint, Tensor], keep: Change | None)
 
 def _seen_heads(heads: Heads, see: Look) -> Look:
     def split(raw: Tensor) -> Tensor | None:
-        value = _split(raw, heads)
+        value = split_heads(raw, heads)
         see(value)
         # What is recorded has to be what is computed with, or no gradient would reach it.
-        return _join(raw, heads, value) if raw.requires_grad else None
+        return join_heads(raw, heads, value) if raw.requires_grad else None
 
     return split
-
-
-def _placement(site: Site, look: Look) -> Placement:
-    return Placement(site.module, site.is_input, _on_input(look) if site.is_input else _on_output(look))
-
-
-def _on_input(look: Look) -> Wrap:
-    def see(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if args:
-            new = look(args[0])
-            return None if new is None else ((new, *args[1:]), kwargs)
-        new = look(kwargs["hidden_states"])
-        return None if new is None else (args, {**kwargs, "hidden_states": new})
-
-    return before(see)
-
-
-def _on_output(look: Look) -> Wrap:
-    def see(output: Any) -> Any:
-        if type(output) is tuple:
-            new = look(output[0])
-            return None if new is None else (new, *output[1:])
-        return look(output)
-
-    return after(see)
-
-
-def _split(raw: Tensor, heads: Heads) -> Tensor:
-    """[batch pos width] -> [batch pos heads d_head], a view where the memory allows it."""
-    groups, start, stop, d_head = heads
-    if groups == 1:
-        slots = raw.reshape(*raw.shape[:-1], -1, d_head)
-        return slots if stop - start == slots.shape[-2] else slots[..., start:stop, :]
-    return raw.reshape(*raw.shape[:-1], groups, -1, d_head)[..., start:stop, :].flatten(-3, -2)
-
-
-def _join(raw: Tensor, heads: Heads, value: Tensor) -> Tensor:
-    """`raw` with `value` in place of these heads."""
-    groups, start, stop, d_head = heads
-    slots = raw.reshape(*raw.shape[:-1], groups, -1, d_head)
-    middle = value.to(raw.dtype).reshape(*raw.shape[:-1], groups, stop - start, d_head)
-    return torch.cat([slots[..., :start, :], middle, slots[..., stop:, :]], -2).reshape(raw.shape)
-
-
-def _pattern(output: Any) -> Tensor:
-    pattern = output[1] if type(output) is tuple and len(output) > 1 else None
-    if not isinstance(pattern, Tensor):
-        raise UnsupportedModelError(
-            "The attention module returned no pattern, although eager attention was asked for. Load the model with "
-            "attn_implementation='eager'."
-        )
-    return pattern
-
-
-@contextmanager
-def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let attention compute its pattern: fused kernels never have it."""
-    held: list[Any] = [part.config for part in model.modules() if hasattr(part, "config")]
-    configs = {id(config): config for config in held if getattr(config, "_attn_implementation", None) is not None}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
 
 
 @contextmanager
@@ -321,7 +222,7 @@ def editors(decoder: Decoder, edits: Mapping[HookPoint, Change], fired: set[Hook
         elif point.site == "resid_mid":
             placements += _mid_editor(layer, change)
         else:
-            placements.append(_placement(site, _through(site.heads, change)))
+            placements.append(placement(site, _through(site.heads, change)))
     return placements
 
 
@@ -342,7 +243,7 @@ def _checked(point: HookPoint, change: Change, fired: set[HookPoint]) -> Change:
 def _through(heads: Heads | None, change: Change) -> Change:
     if heads is None:
         return change
-    return lambda raw: _join(raw, heads, change(_split(raw, heads)))
+    return lambda raw: join_heads(raw, heads, change(split_heads(raw, heads)))
 
 
 def _mid_editor(layer: Layer, change: Change) -> list[Placement]:
@@ -356,7 +257,7 @@ def _mid_editor(layer: Layer, change: Change) -> list[Placement]:
         resid_mid = resid_pre.pop() + attn_out
         return attn_out + (change(resid_mid) - resid_mid)
 
-    return [_placement(layer.sites["resid_pre"], see), Placement(layer.attn_add, False, _on_output(shift))]
+    return [placement(layer.sites["resid_pre"], see), Placement(layer.attn_add, False, on_output(shift))]
 
 
 def _pattern_editor(layer: Layer, change: Change) -> list[Placement]:
@@ -371,13 +272,13 @@ def _pattern_editor(layer: Layer, change: Change) -> list[Placement]:
 
     def see_values(raw: Tensor) -> None:
         assert v.heads is not None  # v is a site of heads
-        seen["v"] = _split(raw, v.heads)
+        seen["v"] = split_heads(raw, v.heads)
 
     def see_output(raw: Tensor) -> None:
         seen["o"] = raw
 
     def weigh_again(output: Any) -> Any:
-        pattern, values, old = change(_pattern(output)), seen.pop("v"), seen.pop("o")
+        pattern, values, old = change(pattern_of(output)), seen.pop("v"), seen.pop("o")
         if pattern.shape[-1] != values.shape[1]:
             raise ValueError(
                 f"A pattern over {pattern.shape[-1]} keys met {values.shape[1]} values, as the others lie in a cache. "
@@ -390,19 +291,10 @@ def _pattern_editor(layer: Layer, change: Change) -> list[Placement]:
         return (attn_out, pattern, *output[2:])
 
     return [
-        Placement(v.module, False, _on_output(see_values)),
-        Placement(o_proj, False, _on_output(see_output)),
+        Placement(v.module, False, on_output(see_values)),
+        Placement(o_proj, False, on_output(see_output)),
         Placement(attn, False, after(weigh_again)),
     ]
-
-
-def weighted(
-    pattern: Float[Tensor, "batch n_heads query key"], values: Float[Tensor, "batch key n_kv_heads d_head"]
-) -> Float[Tensor, "batch query n_heads d_head"]:
-    """z, from a pattern and the values that it weighs."""
-    repeats = pattern.shape[1] // values.shape[2]
-    by_head = values.transpose(1, 2).repeat_interleave(repeats, 1)
-    return (pattern.to(by_head.dtype) @ by_head).transpose(1, 2)
 
 
 class Stop(Exception):  # noqa: N818 - no error
@@ -434,7 +326,7 @@ def run(model: PreTrainedModel, batch: Batch, *, stop_after: int | None = None) 
         last.append(resid)
         raise Stop
 
-    with placed([_placement(site, stop)]):
+    with placed([placement(site, stop)]):
         try:
             model(**inputs)
         except Stop:

@@ -7,14 +7,25 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from techniques._activations import Reading
-from techniques._folds import METHODS, Method, cross_validate, one_vs_rest, predictions
+from techniques._folds import (
+    METHODS,
+    Method,
+    Scale,
+    cross_validate,
+    fit,
+    group_folds,
+    held_classes,
+    merged_groups,
+    one_vs_rest,
+    predictions,
+)
 from techniques._results import number
-from techniques._stats import auroc, auroc_draws, balanced_accuracy_draws, percentiles, recalls
+from techniques._stats import auroc, auroc_draws, balanced_accuracy_draws, percentiles, recalls, resamples
 from techniques._tokens import check_lists, plain, token_text
 
 SHOWN = 5  # names and tokens that are listed
@@ -204,3 +215,29 @@ def telling_tokens(
             for i in rule.topk(min(SHOWN, len(vocabulary))).indices.tolist()
         ]
     return sorted(found, key=lambda token: -token["balanced_accuracy"])[:SHOWN]
+
+
+def transfer_score(
+    x: Float[Tensor, "n d"],
+    train: Bool[Tensor, " n"],
+    test: Bool[Tensor, " n"],
+    reading: Reading,
+    labels: Labels,
+    options: Options,
+    eps: float,
+) -> ProbeScore:
+    """Score of the tested texts: by a probe fitted on `train`, or by cross-validation where both are the same."""
+    here = Labels(labels.names, labels.classes[test])
+    texts = [text for text, tested in zip(reading.inputs(), test.tolist(), strict=True) if tested]
+    members = torch.tensor(merged_groups(texts, texts)[0])
+    draws = resamples(int(members.max()) + 1, options.seed, options.n_boot)
+    folds = torch.zeros_like(members)
+    if bool((train == test).all()):
+        n_folds = min(options.n_folds, *held_classes(here.classes, members).sum(0).tolist())
+        folds = group_folds(here.classes, members, n_folds, torch.Generator().manual_seed(options.seed))
+        scores = cross_validated(x[test], here.classes[:, None], folds, labels, options, eps)[0][:, 0]
+    else:
+        scale = Scale(x[train], eps)
+        positive = one_vs_rest(labels.classes[train], len(labels.names))
+        scores = fit(options.method, scale(x[train]), positive, options.c).scores(scale(x[test]))
+    return probe_score(scores, here, folds, members, draws)

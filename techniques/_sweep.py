@@ -14,48 +14,25 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from techniques._batches import in_memory
-from techniques._hooks import Change, HookPoint, check_sites, eager_attention, find_site, record
+from techniques._hooks import Change, HookPoint, check_sites, find_site, record
 from techniques._model import Decoder, UnsupportedModelError, widths
+from techniques._patches import Patch, Variant, changed_positions, writer
 from techniques._replay import Call, PlainRun, Window, plain_run
+from techniques._site_values import eager_attention
 from techniques._tokens import Batch, check_finite
+
+__all__ = ["Patch", "Variant", "sweep"]
 
 CPU_BUDGET_BYTES = 2**27  # what is worked on at once still fits the processor's caches in part
 CALL_POSITIONS = {"cpu": 32, "cuda": 512}  # positions of one layer that take as long as calling a block does
-
-
-@dataclass(frozen=True)
-class Patch:
-    """A change of the value at one point of one prompt.
-
-    Attributes:
-        point: Where.
-        value: What to write, in the shape of the chosen part, or a function of that part. A function has to work on
-            each position apart, as the part may come in pieces.
-        positions: Which positions of the prompt, or queries of a pattern; all if None.
-        units: Which of the next dimension: heads of z, q, k, v and pattern, else coordinates; all if None.
-    """
-
-    point: HookPoint
-    value: Tensor | Change
-    positions: Sequence[int] | None = None
-    units: int | slice | Int[Tensor, " units"] | None = None
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A run of prompt `row` of the batch with some patches; without any it is the plain run."""
-
-    row: int
-    patches: Sequence[Patch]
 
 
 Metric = Callable[[Float[Tensor, "variants d_vocab"], Int[Tensor, " variants"]], Tensor]
@@ -211,7 +188,7 @@ def _jobs(
 ) -> list[_Job]:
     """Variants as jobs; what a patch leaves as it is in the plain run needs no work."""
     flat = [(i, patch) for i, variant in variants.items() for patch in variant.patches]
-    changed = [_changed(patch, values[patch.point][plain.rows[variants[i].row]]) for i, patch in flat]
+    changed = [changed_positions(patch, values[patch.point][plain.rows[variants[i].row]]) for i, patch in flat]
     # One copy from the device for all of them.
     flags = iter(torch.cat([flag.to(plain.resid_pre[0].device) for flag in changed]).tolist() if flat else [])
     found: dict[int, list[tuple[Patch, int]]] = {i: [] for i in variants}
@@ -221,23 +198,6 @@ def _jobs(
         if where:
             found[i].append((patch, min(where)))
     return [_job(plain, i, variants[i], changes, reads) for i, changes in found.items()]
-
-
-def _changed(patch: Patch, plain: Tensor) -> Bool[Tensor, " positions"]:
-    """At which of its positions a patch changes the plain value of its row; what is not known counts as changed."""
-    positions = slice(None) if patch.positions is None else _selector(patch.positions)
-    part = plain[_index(patch, positions)]
-    if callable(patch.value):
-        return torch.ones(len(plain[positions]), dtype=torch.bool)
-    is_pattern = patch.point.site == "pattern"
-    if patch.value.shape != part.shape and (is_pattern or patch.value.shape != part.shape[1:]):
-        raise ValueError(
-            f"The value for {patch.point} has shape {tuple(patch.value.shape)}; expected {tuple(part.shape)}, the "
-            f"shape of what it replaces, or {tuple(part.shape[1:])}, that of one position of it."
-        )
-    if is_pattern:
-        return torch.ones(part.shape[-2], dtype=torch.bool)
-    return (part != patch.value.to(part)).flatten(1).any(1)
 
 
 def _job(
@@ -290,53 +250,7 @@ def _edits(jobs: Sequence[_Job], layer: int, window: Window) -> dict[HookPoint, 
         for patch in job.patches:
             if patch.point.layer == layer:
                 by_point.setdefault(patch.point, []).append((i, patch))
-    return {point: _writer(patches, window) for point, patches in by_point.items()}
-
-
-def _writer(patches: Sequence[tuple[int, Patch]], window: Window) -> Change:
-    def write(value: Tensor) -> Tensor:
-        value = value.clone()
-        for row, patch in patches:
-            _write(value[row], patch, window)
-        return value
-
-    return write
-
-
-def _write(value: Tensor, patch: Patch, window: Window) -> None:
-    """Apply a patch to the value of one row in a window, in place."""
-    inside: Any = slice(window.start, window.stop)
-    positions: Any = slice(None)
-    if patch.positions is not None:
-        kept = [i for i, position in enumerate(patch.positions) if window.start <= position < window.stop]
-        if not kept:
-            return
-        inside, positions = _selector(kept), _selector([patch.positions[i] - window.start for i in kept])
-    index = _index(patch, positions)
-    part = value[index]
-    if callable(patch.value):
-        new = patch.value(part)
-    elif patch.point.site == "pattern":
-        new = patch.value[..., inside, : part.shape[-1]]
-    else:
-        new = patch.value if patch.value.dim() < part.dim() else patch.value[inside]
-    value[index] = new.to(value)
-
-
-def _selector(numbers: Sequence[int]) -> slice | Tensor:
-    """An index for some positions: a slice where they follow each other, as that needs no copy to the device."""
-    if numbers and list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
-        return slice(numbers[0], numbers[0] + len(numbers))
-    return torch.tensor(numbers, dtype=torch.long)
-
-
-def _index(patch: Patch, positions: Any) -> tuple[Any, ...]:
-    """Where a patch lies in the value of one row, at some positions; a pattern has its heads before its queries."""
-    units: Any = slice(None) if patch.units is None else patch.units
-    first, second = (units, positions) if patch.point.site == "pattern" else (positions, units)
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        first = first[:, None]
-    return first, second
+    return {point: writer(patches, window) for point, patches in by_point.items()}
 
 
 # Chunks of jobs.

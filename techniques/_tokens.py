@@ -145,6 +145,29 @@ def check_context(model: PreTrainedModel, ids: Sequence[Sequence[int]], new_toke
         )
 
 
+def span_positions(tokenizer: PreTrainedTokenizerBase, text: str, span: str) -> list[int]:
+    """Positions of the tokens that hold any character of `span`, which must occur once in `text`.
+
+    Raises:
+        ValueError: The span is empty, absent or there more than once, or the tokenizer does not tell where its tokens
+            lie.
+    """
+    if not span.strip() or text.count(span) != 1:
+        raise ValueError(
+            f"The span {span!r} occurs {text.count(span) if span else 0} times in {text!r}; expected once. "
+            "Give a piece of the text, long enough to be the only one."
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell where its tokens lie in a text; expected a fast tokenizer, "
+            "which named spans need. Load one with use_fast=True."
+        )
+    start = text.index(span) + len(span) - len(span.lstrip())
+    end = text.index(span) + len(span.rstrip())
+    offsets: Any = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
+
+
 def resolve_position(position: int, length: int, text: str) -> int:
     """Index from the start of a text of `length` tokens; negative positions count from its end.
 

@@ -18,9 +18,19 @@ from techniques._attention import Score, choose, knocked_out, score
 from techniques._batches import in_batches
 from techniques._hooks import check_sites
 from techniques._model import UnsupportedModelError, logits_at
-from techniques._pairs import last_positions, span_positions
+from techniques._pairs import last_positions
 from techniques._results import Header, few, header, number
-from techniques._tokens import answer_ids, check_context, encode, pad, plain, resolve_position, texts_of, token_text
+from techniques._tokens import (
+    answer_ids,
+    check_context,
+    encode,
+    pad,
+    plain,
+    resolve_position,
+    span_positions,
+    texts_of,
+    token_text,
+)
 
 MAX_TOKENS = 8192  # of a batch, padding included
 

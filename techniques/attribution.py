@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from techniques._batches import in_batches
+from techniques._columns import Column, ColumnInfo, position_columns
 from techniques._contrast import (
     MAX_TOKENS,
     Check,
@@ -32,13 +33,7 @@ from techniques._contrast import (
 )
 from techniques._hooks import HookPoint, check_sites, edit, points_in, record
 from techniques._model import SITES, Decoder
-from techniques._pairs import (
-    Column,
-    ColumnInfo,
-    ExcludedPair,
-    encode_pairs,
-    position_columns,
-)
+from techniques._pairs import ExcludedPair, encode_pairs
 from techniques._results import Header, few, header, number
 from techniques._stats import mean_interval
 from techniques._tokens import Batch

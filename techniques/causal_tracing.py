@@ -6,26 +6,32 @@ https://arxiv.org/abs/2202.05262.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._activations import prompt_values
-from techniques._batches import in_memory
-from techniques._hooks import HookPoint, check_sites, record, run
+from techniques._hooks import HookPoint, check_sites
 from techniques._model import Decoder
-from techniques._pairs import span_positions
+from techniques._noise import blurred_streams
 from techniques._results import Header, few, header, number
 from techniques._stats import N_BOOT, mean_interval
 from techniques._sweep import Patch, Variant
-from techniques._tokens import Batch, check_context, check_lists, encode, pad, single_token_id, token_text
+from techniques._tokens import (
+    Batch,
+    check_context,
+    check_lists,
+    encode,
+    pad,
+    single_token_id,
+    span_positions,
+    token_text,
+)
 from techniques._variants import variant_metrics
 
 SITES = ("resid_post", "attn_out", "mlp_out")
@@ -170,7 +176,7 @@ def causal_tracing(
     width = _check_options(decoder, sites, noise, n_draws, window)
     every = _encode(model, tokenizer, prompts, subjects, answers)
     std = noise * _embedding_std(decoder, every).item()
-    blurred = _blur(model, decoder, every, std, n_draws, seed)
+    blurred = blurred_streams(model, decoder, every.ids, every.subjects, std, n_draws, seed)
     clean = _probs(model, every, [Variant(i, []) for i in range(len(every.ids))])
     noised = [Variant(i, [_noise(every, blurred, i, draw)]) for i in range(len(every.ids)) for draw in range(n_draws)]
     corrupted = _probs(model, every, noised).reshape(len(every.ids), n_draws)
@@ -265,50 +271,6 @@ def _embedding_std(decoder: Decoder, prompts: _Prompts) -> Float[Tensor, ""]:
     ids = [row[i] for row, subject in zip(prompts.ids, prompts.subjects, strict=True) for i in subject]
     embedded: Tensor = decoder.embed(torch.tensor(ids, device=prompts.batch.input_ids.device))
     return embedded.double().std()
-
-
-def _blur(
-    model: PreTrainedModel, decoder: Decoder, prompts: _Prompts, std: float, n_draws: int, seed: int
-) -> list[Float[Tensor, "draws subject d_model"]]:
-    """resid_pre of layer 0 at each subject's tokens, with noise on the token embeddings."""
-    generator = torch.Generator().manual_seed(seed)
-    blurred = []
-    for ids, subject in zip(prompts.ids, prompts.subjects, strict=True):
-        size = cast(int, decoder.embed.embedding_dim)
-        noise = torch.randn(n_draws, len(subject), size, generator=generator) * std
-        draws = in_memory(
-            partial(_blurred, model, decoder, ids, subject, noise), [range(n_draws)], lambda _: "A single draw"
-        )
-        blurred.append(torch.cat([part for _, part in draws]))
-    return blurred
-
-
-def _blurred(
-    model: PreTrainedModel,
-    decoder: Decoder,
-    ids: list[int],
-    subject: list[int],
-    noise: Float[Tensor, "n_draws subject d_embed"],
-    draws: Sequence[int],
-) -> Float[Tensor, "draws subject d_model"]:
-    first = HookPoint("resid_pre", 0)
-    with _noisy(decoder.embed, subject, noise[list(draws)]), record(model, [first]) as found:
-        run(model, pad([ids] * len(draws), "right", 0, model.device), stop_after=0)
-    return found[first][:, subject]
-
-
-@contextmanager
-def _noisy(embed: nn.Module, positions: list[int], noise: Float[Tensor, "draws positions d_embed"]) -> Iterator[None]:
-    """Add noise to token embeddings; what the model makes of them before its first block is left to the model."""
-
-    def add(_module: nn.Module, _args: Any, embedded: Tensor) -> Tensor:
-        new = embedded.clone()
-        new[:, positions] += noise.to(new)
-        return new
-
-    with ExitStack() as hooks:
-        hooks.callback(embed.register_forward_hook(add).remove)
-        yield
 
 
 def _noise(prompts: _Prompts, blurred: list[Tensor], prompt: int, draw: int) -> Patch:

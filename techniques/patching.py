@@ -19,22 +19,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._batches import in_memory
+from techniques._columns import Column, ColumnInfo, position_columns, span_columns
 from techniques._hooks import HookPoint, check_sites, hook_point, points_in, record, run
 from techniques._model import Decoder
 from techniques._pairs import (
     METRICS,
     Align,
     Baselines,
-    Column,
-    ColumnInfo,
     ExcludedPair,
     Metric,
     PairInfo,
     Pairs,
     encode_pairs,
     pair_infos,
-    position_columns,
-    span_columns,
     with_gap,
 )
 from techniques._results import Header, few, header, number

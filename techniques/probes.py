@@ -7,27 +7,18 @@ https://arxiv.org/abs/1909.03368; Marks & Tegmark, "The Geometry of Truth" (2023
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Sequence
-from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from techniques._activations import Layers, Position, Reading, activations_at, points_of, read_at
+from techniques._activations import Layers, Position, Reading, activations_at, points_of, read_at, untrained_activations
 from techniques._folds import (
     Method,
-    Scale,
-    fit,
-    group_folds,
-    held_classes,
-    merged_groups,
-    one_vs_rest,
     predictions,
 )
-from techniques._hooks import HookPoint
 from techniques._probe_groups import Split, domains_of, split_of
 from techniques._probing import (
     Labels,
@@ -40,9 +31,10 @@ from techniques._probing import (
     probe_score,
     telling_tokens,
     token_counts,
+    transfer_score,
 )
 from techniques._results import Header, header, number
-from techniques._stats import N_BOOT, permutation_p, resamples
+from techniques._stats import N_BOOT, permutation_p
 from techniques._tokens import check_lists, plain
 
 TELLING = 0.9  # balanced accuracy of a single token from which a warning is given
@@ -182,13 +174,12 @@ def linear_probe(
     split, notes = split_of(reading, named, plain(groups), options)
     points = points_of(model, site, layers)
     found = activations_at(model, reading, points).flatten(2)
-    blank = _untrained(model, reading, points, seed) if untrained else None
+    blank = untrained_activations(model, reading, points, seed) if untrained else None
     eps = torch.finfo(model.dtype).eps
     at_layers = [(found[:, i], None if blank is None else blank[:, i]) for i in range(len(points))]
     fits = [_row(split, named, options, eps, point.layer, *x) for point, x in zip(points, at_layers, strict=True)]
     rows, nulls, converged = (list(column) for column in zip(*fits, strict=True))
     best = max(rows, key=lambda row: row["auroc"] or 0)
-    p_any = permutation_p(best["auroc"] or 0, torch.stack(nulls).amax(0)) if n_permutations else None
     words, tokens = _bag_of_words(tokenizer, reading, split, named, options, eps)
     warnings = contradictions(reading, named) + notes + _notes(all(converged), tokens)
     return LinearProbe(
@@ -204,7 +195,7 @@ def linear_probe(
         bag_of_words=words,
         rows=rows,
         best_layer=best["layer"],
-        p_any=None if p_any is None else number(p_any),
+        p_any=number(permutation_p(best["auroc"] or 0, torch.stack(nulls).amax(0))) if n_permutations else None,
         n_permutations=n_permutations,
         shuffled="labels of groups" if split.is_pure(named) else "labels within groups",
         tokens=tokens,
@@ -323,7 +314,7 @@ def probe_transfer(
                 test=domains[test],
                 n_train=int(fitted.sum()),
                 n_test=int(here.sum()),
-                **_transferred(found, fitted, here, reading, named, options, eps),
+                **transfer_score(found, fitted, here, reading, named, options, eps),
             )
         )
     return ProbeTransfer(
@@ -390,39 +381,3 @@ def _notes(converged: bool, tokens: Sequence[TellingToken]) -> list[str]:
         for t in tokens
         if t["balanced_accuracy"] >= TELLING
     ]
-
-
-def _untrained(
-    model: PreTrainedModel, reading: Reading, points: Sequence[HookPoint], seed: int
-) -> Float[Tensor, "n layers d"]:
-    base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        blank = type(base)(copy.deepcopy(base.config))
-    return activations_at(blank.to(model.device, model.dtype).eval(), reading, points).flatten(2)
-
-
-def _transferred(
-    x: Float[Tensor, "n d"],
-    train: Bool[Tensor, " n"],
-    test: Bool[Tensor, " n"],
-    reading: Reading,
-    labels: Labels,
-    options: Options,
-    eps: float,
-) -> ProbeScore:
-    """Score of the tested texts: by a probe fitted on `train`, or by cross-validation where both are the same."""
-    here = Labels(labels.names, labels.classes[test])
-    texts = [text for text, tested in zip(reading.inputs(), test.tolist(), strict=True) if tested]
-    members = torch.tensor(merged_groups(texts, texts)[0])
-    draws = resamples(int(members.max()) + 1, options.seed, options.n_boot)
-    folds = torch.zeros_like(members)
-    if bool((train == test).all()):
-        n_folds = min(options.n_folds, *held_classes(here.classes, members).sum(0).tolist())
-        folds = group_folds(here.classes, members, n_folds, torch.Generator().manual_seed(options.seed))
-        scores = cross_validated(x[test], here.classes[:, None], folds, labels, options, eps)[0][:, 0]
-    else:
-        scale = Scale(x[train], eps)
-        positive = one_vs_rest(labels.classes[train], len(labels.names))
-        scores = fit(options.method, scale(x[train]), positive, options.c).scores(scale(x[test]))
-    return probe_score(scores, here, folds, members, draws)

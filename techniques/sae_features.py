@@ -6,22 +6,21 @@ Source: Bricken et al., "Towards Monosemanticity" (2023), https://transformer-ci
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from techniques._batches import length_batches
+from techniques._feature_activity import Activity, LabelRow, Truth, activity_of, auroc, best_feature, truth_of
 from techniques._hooks import HookPoint, record, run
 from techniques._model import find_decoder
 from techniques._results import Header, header, number, numbers
 from techniques._sae import SAE
-from techniques._sae_data import MAX_TOKENS, Corpus, activations, locate, read_corpus
-from techniques._tokens import check_lists, pad, single_token_id, token_text
+from techniques._sae_data import Corpus, locate, read_corpus
+from techniques._tokens import check_lists, pad, token_text
 
 BINS = 20  # of the histogram of a feature's activations
 BEFORE, AFTER = 12, 4  # tokens shown around an example's strongest one
@@ -88,28 +87,6 @@ class FeatureRow(TypedDict):
     top_logits: list[LogitWeight] | None
     bottom_logits: list[LogitWeight] | None
     auroc: dict[str, float | None]
-
-
-class LabelRow(TypedDict):
-    """The feature that tells a label best.
-
-    Attributes:
-        label: Its name.
-        level: "token" or "text".
-        n_positive: Positives among the items.
-        n: Items: tokens, or texts with the feature's strongest token in each.
-        feature: The feature of highest AUROC on half of the texts.
-        auroc_chosen: Its AUROC on that half: too high, since it was chosen by it.
-        auroc: Its AUROC on the other half.
-    """
-
-    label: str
-    level: str
-    n_positive: int
-    n: int
-    feature: int
-    auroc_chosen: float | None
-    auroc: float | None
 
 
 class FeatureReport(Header):
@@ -186,9 +163,9 @@ def feature_report(
     sae, point = locate(model, sae)
     corpus = read_corpus(model, tokenizer, texts)
     _check_request(features, labels, sae.d_sae, top_k)
-    seen = _activity(model, corpus, point, sae)
-    truths = {name: _truth(tokenizer, corpus, seen, name, label) for name, label in (labels or {}).items()}
-    best = [_best(seen, name, truth) for name, truth in truths.items()]
+    seen = activity_of(model, corpus, point, sae)
+    truths = {name: truth_of(tokenizer, corpus, seen, name, label) for name, label in (labels or {}).items()}
+    best = [best_feature(seen, name, truth) for name, truth in truths.items()]
     chosen = list(dict.fromkeys(row["feature"] for row in best)) if features is None else list(features)
     rows = [_describe(model, tokenizer, sae, point, corpus, seen, feature, truths, top_k) for feature in chosen]
     return FeatureReport(
@@ -197,45 +174,6 @@ def feature_report(
         n_tokens=corpus.n_tokens,
         features=rows,
         labels=best,
-    )
-
-
-@dataclass(frozen=True)
-class _Activity:
-    """All activations that are not 0, feature by feature, and where each counted token stands."""
-
-    token: Int[Tensor, " active"]
-    value: Float[Tensor, " active"]
-    starts: Int[Tensor, " d_sae_and_one"]
-    text: Int[Tensor, " tokens"]
-    position: Int[Tensor, " tokens"]
-
-    def of(self, feature: int) -> tuple[Int[Tensor, " active"], Float[Tensor, " active"]]:
-        """The tokens on which a feature is active, and its activations there."""
-        part = slice(int(self.starts[feature]), int(self.starts[feature + 1]))
-        return self.token[part], self.value[part]
-
-
-def _activity(model: PreTrainedModel, corpus: Corpus, point: HookPoint, sae: SAE) -> _Activity:
-    firsts = torch.tensor([0, *(len(kept) for kept in corpus.kept)]).cumsum(0)
-    tokens, features, values = [], [], []
-    for batch in length_batches([len(row) for row in corpus.ids], MAX_TOKENS):
-        rows = activations(model, corpus, point, batch)
-        at = torch.cat([firsts[i] + torch.arange(len(row)) for i, row in zip(batch, rows, strict=True)])
-        found = sae.encode(torch.cat(rows)).cpu()
-        token, feature = found.nonzero(as_tuple=True)
-        tokens.append(at[token])
-        features.append(feature)
-        values.append(found[token, feature])
-    feature = torch.cat(features)
-    order = torch.argsort(feature, stable=True)
-    starts = torch.bincount(feature, minlength=sae.d_sae).cumsum(0)
-    return _Activity(
-        token=torch.cat(tokens)[order],
-        value=torch.cat(values)[order],
-        starts=torch.cat([starts.new_zeros(1), starts]),
-        text=torch.tensor([i for i, kept in enumerate(corpus.kept) for _ in kept]),
-        position=torch.tensor([position for kept in corpus.kept for position in kept]),
     )
 
 
@@ -249,83 +187,8 @@ def _check_request(features: Sequence[int] | None, labels: Labels | None, d_sae:
         raise ValueError(f"top_k is {top_k}; expected at least 1.")
 
 
-@dataclass(frozen=True)
-class _Truth:
-    """A label of all counted tokens, or of all texts; `chooses` says which of them may choose the best feature."""
-
-    level: Literal["token", "text"]
-    is_positive: Bool[Tensor, " items"]
-    chooses: Bool[Tensor, " items"]
-
-
-def _truth(
-    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, seen: _Activity, name: str, label: str | Sequence[bool]
-) -> _Truth:
-    n_texts = len(corpus.texts)
-    if isinstance(label, str):
-        token = single_token_id(tokenizer, label)
-        found = [ids[at] == token for ids, kept in zip(corpus.ids, corpus.kept, strict=True) for at in kept]
-        positive, text = torch.tensor(found), seen.text
-    else:
-        if len(label) != n_texts:
-            raise ValueError(f"The label {name!r} has {len(label)} values for {n_texts} texts; expected one per text.")
-        positive, text = torch.tensor([bool(value) for value in label]), torch.arange(n_texts)
-    # Every other text that has a positive chooses, and every other one that has none.
-    has_positive = torch.zeros(n_texts, dtype=torch.bool)
-    has_positive[text[positive]] = True
-    chooses = torch.zeros(n_texts, dtype=torch.bool)
-    for group in (has_positive.nonzero(), (~has_positive).nonzero()):
-        chooses[group[::2]] = True
-    truth = _Truth("token" if isinstance(label, str) else "text", positive, chooses[text])
-    if any(positive[half].all() or not positive[half].any() for half in (truth.chooses, ~truth.chooses)):
-        raise ValueError(
-            f"The label {name!r} is true of {int(positive.sum())} of {len(positive)} {truth.level}s, in "
-            f"{int(has_positive.sum())} of {n_texts} texts; expected positives and negatives in both halves of the "
-            "texts. Give more texts."
-        )
-    return truth
-
-
-def _per_item(seen: _Activity, feature: int, truth: _Truth) -> tuple[Int[Tensor, " active"], Float[Tensor, " active"]]:
-    """The items on which a feature is active, and how strong it is there at most."""
-    token, value = seen.of(feature)
-    if truth.level == "token":
-        return token, value
-    strongest = value.new_zeros(len(truth.is_positive)).scatter_reduce_(0, seen.text[token], value, "amax")
-    found = strongest.nonzero().squeeze(1)
-    return found, strongest[found]
-
-
-def _auroc(seen: _Activity, feature: int, truth: _Truth, among: Bool[Tensor, " items"]) -> float:
-    """Chance that the feature is stronger on a positive than on a negative; a tie, at 0 too, counts half."""
-    items, values = _per_item(seen, feature, truth)
-    items, values = items[among[items]], values[among[items]]
-    positive = values[truth.is_positive[items]]
-    negative = values[~truth.is_positive[items]].sort().values
-    n_positive, n_negative = int((truth.is_positive & among).sum()), int((~truth.is_positive & among).sum())
-    silent = n_negative - len(negative)
-    beaten = (torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)).sum() / 2
-    wins = float(beaten) + silent * (len(positive) + (n_positive - len(positive)) / 2)
-    return wins / (n_positive * n_negative)
-
-
-def _best(seen: _Activity, name: str, truth: _Truth) -> LabelRow:
-    """The best feature for a label on half of the texts, and its AUROC on the others."""
-    scores = [_auroc(seen, feature, truth, truth.chooses) for feature in range(len(seen.starts) - 1)]
-    feature = max(range(len(scores)), key=scores.__getitem__)
-    return LabelRow(
-        label=name,
-        level=truth.level,
-        n_positive=int(truth.is_positive.sum()),
-        n=len(truth.is_positive),
-        feature=feature,
-        auroc_chosen=number(scores[feature]),
-        auroc=number(_auroc(seen, feature, truth, ~truth.chooses)),
-    )
-
-
 def _examples(
-    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, seen: _Activity, feature: int, top_k: int
+    tokenizer: PreTrainedTokenizerBase, corpus: Corpus, seen: Activity, feature: int, top_k: int
 ) -> list[Example]:
     token, value = seen.of(feature)
     strongest: dict[int, int] = {}  # text -> its strongest token, in the order of strength
@@ -370,9 +233,9 @@ def _describe(
     sae: SAE,
     point: HookPoint,
     corpus: Corpus,
-    seen: _Activity,
+    seen: Activity,
     feature: int,
-    truths: Mapping[str, _Truth],
+    truths: Mapping[str, Truth],
     top_k: int,
 ) -> FeatureRow:
     _, value = seen.of(feature)
@@ -395,7 +258,7 @@ def _describe(
         examples=examples,
         top_logits=top,
         bottom_logits=bottom,
-        auroc={name: number(_auroc(seen, feature, truth, everywhere[name])) for name, truth in truths.items()},
+        auroc={name: number(auroc(seen, feature, truth, everywhere[name])) for name, truth in truths.items()},
     )
 
 

@@ -12,8 +12,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from interp_kernel.errors import NotebookError
-from interp_kernel.mcp import SessionError
+from interp_kernel.errors import NotebookError, SessionError
 from interp_kernel.mcp.document import MARK, Document, open_document
 from interp_kernel.mcp.log import INLINE_CHARS, MAX_TEXT_BYTES, AttemptLog
 from interp_kernel.mcp.mask import Mask

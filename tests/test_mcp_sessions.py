@@ -22,7 +22,8 @@ from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
 from interp_kernel.cli import main
-from interp_kernel.mcp import SessionError, sessions
+from interp_kernel.errors import SessionError
+from interp_kernel.mcp import sessions
 from tests.conftest import processes_of
 from tests.helpers_agent import Agent, Gate, agent, cells, log_of
 from tests.helpers_lab import lab_server, write_notebook

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from interp_kernel.errors import InterpError
-
 SERVER_NAME = "interp"
-
-
-class AgentError(InterpError, RuntimeError):
-    """An agent can't be started, or its endpoint can't be used."""
 
 
 def instructions() -> str:

@@ -64,7 +64,7 @@ def run_agent(arguments: argparse.Namespace) -> int:
 
 
 def _start(arguments: argparse.Namespace, task: str | None) -> Run:
-    from interp_kernel.agents import AgentError
+    from interp_kernel.errors import AgentError
 
     agent, workspace = arguments.agent, arguments.workspace
     if agent is None:
@@ -95,7 +95,7 @@ def read_task(path: Path) -> str:
     Raises:
         AgentError: The file can't be read as text, or is empty.
     """
-    from interp_kernel.agents import AgentError
+    from interp_kernel.errors import AgentError
 
     try:
         text = path.read_text(encoding="utf-8")

@@ -21,10 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from interp_kernel.agents import SERVER_NAME, AgentError, instructions
+from interp_kernel.agents import SERVER_NAME, instructions
 from interp_kernel.agents.events import READERS
 from interp_kernel.agents.record import STOPPED, Run
 from interp_kernel.agents.server import server_command, server_variables
+from interp_kernel.errors import AgentError
 
 STOP_WAIT_S = 10.0
 START_TIMEOUT_S = 60

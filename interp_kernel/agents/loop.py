@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp_kernel.agents import AgentError, instructions
+from interp_kernel.agents import instructions
 from interp_kernel.agents.events import called, gist
 from interp_kernel.agents.record import STOPPED, Run
 from interp_kernel.agents.server import server_command, server_variables
+from interp_kernel.errors import AgentError
 
 if TYPE_CHECKING:
     from mcp import ClientSession

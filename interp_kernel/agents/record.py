@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from interp_kernel.agents import AgentError
+from interp_kernel.errors import AgentError
 
 FOLDER = "agent-runs"
 STOPPED = "It was stopped by a signal."

@@ -5,11 +5,3 @@
 The server keeps nothing: whatever is of one session lives in its keeper, so that a server may die and come back, and
 several may share a session.
 """
-
-from __future__ import annotations
-
-from interp_kernel.errors import InterpError
-
-
-class SessionError(InterpError):
-    """A session or cell is not known, or can't do now what it is asked for; the message says what it can."""

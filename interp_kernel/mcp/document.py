@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from interp_kernel.errors import NotebookError
-from interp_kernel.mcp import SessionError
+from interp_kernel.errors import NotebookError, SessionError
 from interp_kernel.mcp.outputs import Output
 
 MARK = "interp_session"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
-from interp_kernel.mcp import SessionError
+from interp_kernel.errors import SessionError
 from interp_kernel.mcp.document import MARK
 from interp_kernel.mcp.kernels import START_S, Message
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from interp_kernel.mcp import SessionError
+from interp_kernel.errors import SessionError
 
 START_S = 60.0
 STOP_S = 5.0

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from interp_kernel.mcp import SessionError
+from interp_kernel.errors import SessionError
 from interp_kernel.mcp.outputs import Output
 from interp_kernel.mcp.runs import Runner, comparable
 

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from interp_kernel.mcp import SessionError
+from interp_kernel.errors import SessionError
 from interp_kernel.mcp.document import Cell, Document
 from interp_kernel.mcp.kernels import Kernel, Message
 from interp_kernel.mcp.log import AttemptLog, RunText

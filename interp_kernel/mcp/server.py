@@ -17,8 +17,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
-from interp_kernel.errors import InterpError
-from interp_kernel.mcp import SessionError
+from interp_kernel.errors import InterpError, SessionError
 from interp_kernel.mcp.replies import Answer
 from interp_kernel.mcp.schemas import CELL, SESSION, Schema, description, input_schema, result_schema
 from interp_kernel.mcp.tools import Settings, Tools, listed, model_settings

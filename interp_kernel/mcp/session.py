@@ -12,8 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from interp_kernel.errors import InterpError
-from interp_kernel.mcp import SessionError
+from interp_kernel.errors import InterpError, SessionError
 from interp_kernel.mcp.document import Cell, Document, open_document
 from interp_kernel.mcp.jupyter_server import ServerKernel
 from interp_kernel.mcp.kernels import Kernel, LocalKernel

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from interp_kernel.mcp import SessionError
+from interp_kernel.errors import SessionError
 
 Facts = dict[str, Any]
 LINE_LIMIT = 256_000_000

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from interp_kernel.errors import InterpError
-from interp_kernel.mcp import SessionError, answers, confine, sessions
+from interp_kernel.errors import InterpError, SessionError
+from interp_kernel.mcp import answers, confine, sessions
 from interp_kernel.mcp.replies import (
     FACTS_BYTES,
     TEXT_BYTES,

@@ -9,7 +9,7 @@ from techniques.plots._style import AXIS, INK, LAYOUT, LINES, label
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from techniques._pairs import ColumnInfo
+    from techniques._columns import ColumnInfo
     from techniques.attribution import AttributedCell, AttributionPatching
     from techniques.direct_logit_attribution import DirectLogitAttribution, LogitPart
     from techniques.eap import EdgeAttribution

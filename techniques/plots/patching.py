@@ -10,7 +10,7 @@ from techniques.plots._style import AXIS, INK, LAYOUT, LINES, label
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from techniques._pairs import ColumnInfo
+    from techniques._columns import ColumnInfo
     from techniques.ablation import Ablation, AblationRow
     from techniques.causal_tracing import CausalTracing
     from techniques.patching import ActivationPatching, PatchRow

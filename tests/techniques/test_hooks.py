@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from techniques._hooks import HookPoint, check_sites, edit, hook_point, record, run, weighted
+from techniques._hooks import HookPoint, check_sites, edit, hook_point, record, run
 from techniques._model import SITES, UnsupportedModelError, find_decoder
+from techniques._site_values import weighted
 from techniques._tokens import Batch, pad
 from tests.techniques.conftest import N_LAYERS, PARTS
 from tests.techniques.oracles import record_hooks

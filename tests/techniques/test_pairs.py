@@ -10,18 +10,10 @@ import pytest
 import torch
 
 from techniques import _pairs
-from techniques._pairs import (
-    METRICS,
-    encode_pairs,
-    logit_diffs,
-    metric_values,
-    pair_metrics,
-    position_columns,
-    span_columns,
-    span_positions,
-    with_gap,
-)
+from techniques._columns import position_columns, span_columns
+from techniques._pairs import METRICS, encode_pairs, logit_diffs, metric_values, pair_metrics, with_gap
 from techniques._stats import recovered_interval
+from techniques._tokens import span_positions
 
 CLEAN, CORRUPTED, SHORT = "the cat sat on a mat", "the dog sat on a mat", "the dog sat"
 ANSWER = ("cat", "dog")
