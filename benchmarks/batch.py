@@ -182,11 +182,11 @@ def cell_ms(folder: Path, engine: str, count: int, megabytes: int) -> float:
 
 def many_runs(folder: Path) -> tuple[float, float]:
     """Seconds to plan 1,000 runs, and to write the report of as many, made of one real one."""
-    from interp_kernel.notebook.batch import write_plan
-    from interp_kernel.notebook.batch_report import write_report
+    from interp_kernel.notebook.batch.batch import write_plan
+    from interp_kernel.notebook.batch.report import write_report
+    from interp_kernel.notebook.batch.study import plan, read_study
     from interp_kernel.notebook.provenance import RUNS as FILE
     from interp_kernel.notebook.provenance import append, read_runs
-    from interp_kernel.notebook.study import plan, read_study
 
     cells = ["layer = 0", "import interp_kernel, matplotlib.pyplot as plt", "plt.plot([1, 2, layer]);"]
     source = notebook(folder / "one.ipynb", [*cells, "interp_kernel.record('score', layer * 2)"], "python3")
