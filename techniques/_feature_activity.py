@@ -58,6 +58,7 @@ class Activity:
 
 
 def activity_of(model: PreTrainedModel, corpus: Corpus, point: HookPoint, sae: SAE) -> Activity:
+    """Run all texts, and keep what is active of an SAE's features at a point."""
     firsts = torch.tensor([0, *(len(kept) for kept in corpus.kept)]).cumsum(0)
     tokens, features, values = [], [], []
     for batch in length_batches([len(row) for row in corpus.ids], MAX_TOKENS):
@@ -92,6 +93,12 @@ class Truth:
 def truth_of(
     tokenizer: PreTrainedTokenizerBase, corpus: Corpus, seen: Activity, name: str, label: str | Sequence[bool]
 ) -> Truth:
+    """A label by tokens or by texts, and which half of the texts chooses its feature.
+
+    Raises:
+        ValueError: Its token is not one token, its values are not one per text, or half of the texts lack positives or
+            negatives.
+    """
     n_texts = len(corpus.texts)
     if isinstance(label, str):
         token = single_token_id(tokenizer, label)

@@ -74,7 +74,11 @@ class TellingToken(TypedDict):
 
 @dataclass(frozen=True)
 class Options:
-    """How probes are fitted and compared with chance."""
+    """How probes are fitted and compared with chance.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
 
     method: Method
     c: float
@@ -83,8 +87,7 @@ class Options:
     n_boot: int
     seed: int
 
-    def check(self) -> None:
-        """Raise a ValueError if one is out of range."""
+    def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"The method {self.method!r} is not known; expected one of {', '.join(METHODS)}.")
         if not 0 < self.c < float("inf"):

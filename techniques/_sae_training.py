@@ -1,4 +1,4 @@
-"""One training step of a sparse autoencoder, with its gradients written out and the products with few features sparse.
+"""Training a sparse autoencoder, with its gradients written out and the products with few features sparse.
 
 Sources: Gao et al., "Scaling and evaluating sparse autoencoders" (2024), https://arxiv.org/abs/2406.04093 (topk, AuxK);
 Bussmann et al., "BatchTopK Sparse Autoencoders" (2024), https://arxiv.org/abs/2412.06410; Rajamanoharan et al.,
@@ -9,7 +9,7 @@ SAELens' training SAEs, so that a step here equals a step there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from techniques._sae import SAE
 from techniques._sae_active import Active, Dense, Sparse, warm_up
@@ -24,6 +25,7 @@ from techniques._sae_active import Active, Dense, Sparse, warm_up
 KINDS = ("topk", "batchtopk", "jumprelu", "relu")
 CHOOSING = ("topk", "batchtopk")  # kinds that keep the k largest, by pre-activation times decoder norm
 SPARSE_BELOW = 0.04  # share of features that may be active for sparse products to beat dense ones on a CPU
+WARM_UP, DECAY = 0.05, 0.2  # shares of the steps in which the learning rate rises from 0 and falls to 0
 THRESHOLD_RATE = 0.01  # of the running mean of batchtopk's smallest activation
 MAX_GRADIENT_NORM = 1.0
 BANDWIDTH = 0.05  # of jumprelu's straight-through estimate
@@ -82,13 +84,14 @@ class Trainer:
         weights: The parameters, updated in place.
         threshold: batchtopk's running mean of the smallest activation kept, in units of unit decoder rows.
         since_fired: Steps since each feature was last active.
+        dead_window: Steps without firing after which a feature counts as dead.
     """
 
     def __init__(self, weights: Weights, kind: str, k: int, dead_window: int, dead_coefficient: float) -> None:
         self.weights, self.kind, self.k = weights, kind, k
         self.threshold = 0.0
         self.since_fired = torch.zeros_like(weights.b_enc)
-        self._dead_window, self._dead_coefficient = dead_window, dead_coefficient
+        self.dead_window, self._dead_coefficient = dead_window, dead_coefficient
         self._steps = 0
         self._floor: float | None = None  # a little below the smallest activation that batchtopk last kept
         self._optimizer = torch.optim.Adam(weights.tensors(), betas=(0.9, 0.999), eps=1e-8, fused=True)
@@ -98,7 +101,7 @@ class Trainer:
     @property
     def dead(self) -> Bool[Tensor, " d_sae"]:
         """Features that were last active more than `dead_window` steps ago."""
-        return self.since_fired > self._dead_window
+        return self.since_fired > self.dead_window
 
     @torch.no_grad()
     def step(self, x: Float[Tensor, "batch d_in"], learning_rate: float, sparsity_coefficient: float = 0.0) -> Losses:
@@ -238,6 +241,41 @@ class Trainer:
             kept = active.values * active.by_feature(norms)
             if bool((kept > 0).any()):
                 self.threshold += THRESHOLD_RATE * (kept[kept > 0].min().item() - self.threshold)
+
+
+def train(
+    trainer: Trainer, batches: Iterator[Tensor], steps: int, rate: float, coefficient: float
+) -> tuple[list[tuple[Losses, int]], KeyboardInterrupt | None]:
+    """Train for some steps, the learning rate rising from 0 and falling to 0 again.
+
+    Returns:
+        Losses and number of dead features of each step done, and what stopped the steps, if anything did.
+
+    Raises:
+        ValueError: A loss is not finite.
+        KeyboardInterrupt: Training was stopped before its first step was done.
+    """
+    log: list[tuple[Losses, int]] = []
+    try:
+        for step in tqdm(range(steps), desc=f"{trainer.kind} SAE", unit="step", delay=2):
+            warm = min(1.0, (step + 1) / max(1, WARM_UP * steps))
+            down = min(1.0, (steps - step) / max(1, DECAY * steps))
+            losses = trainer.step(next(batches), rate * warm * down, coefficient * warm)
+            _check_finite(losses, step, rate)
+            log.append((losses, int(trainer.dead.sum())))
+    except KeyboardInterrupt as stop:
+        if not log:
+            raise
+        return log, stop
+    return log, None
+
+
+def _check_finite(losses: Losses, step: int, rate: float) -> None:
+    if not all(map(math.isfinite, losses)):
+        raise ValueError(
+            f"The loss at step {step + 1} is not finite with learning_rate {rate:.3g}; expected numbers. Nothing was "
+            "saved. Lower learning_rate or sparsity_coefficient."
+        )
 
 
 def _above(pre: Float[Tensor, "batch d_sae"], threshold: Tensor | None) -> tuple[Active, Tensor | None]:

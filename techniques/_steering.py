@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
@@ -14,12 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from techniques._activations import points_of
 from techniques._batches import in_batches
 from techniques._directions import Direction, unit_vector
-from techniques._generation import continue_tokens
+from techniques._generation import Edits, continue_tokens
 from techniques._hooks import Change, HookPoint, check_sites, edit, record
 from techniques._model import logits_at
-from techniques._results import number
-from techniques._stats import mean_interval
-from techniques._tokens import log_probs, pad, single_token_id
+from techniques._results import numbers
+from techniques._tokens import log_probs, pad
 
 MAX_TOKENS = 8192  # of a batch, padding included
 Positions = Literal["all", "prompt", "last", "response"]
@@ -28,34 +27,40 @@ Units = Literal["difference", "resid_norm", "absolute"]
 UNITS = ("difference", "resid_norm", "absolute")
 
 
-class SweepRow(TypedDict):
-    """One vector at one strength, over all prompts.
+class SteeredPrompt(TypedDict):
+    """One prompt, continued with and without steering.
 
     Attributes:
-        layer: Where the vector was added.
-        coefficient: Its strength, in the sweep's units.
-        kind: "direction"; "random", a random vector of the same norm; or "shuffled", the direction's own entries in
-            random order.
-        draw: Which random vector, from 0; 0 for the direction itself.
-        metric: Mean over prompts.
-        metric_low: Lower end of its 95 % interval, prompts resampled.
-        metric_high: Upper end.
-        kl_to_clean: Mean KL(clean || steered) of the next token's distribution, in nats.
-        n_changed: Prompts whose greedy continuation differs from the clean one; None if none was written.
-        perplexity: Of the steered continuations, by the model without steering; None if none was written.
-        clean_perplexity: Of the clean continuations; None if none was written.
+        prompt: The prompt.
+        clean: What the model wrote by itself.
+        steered: What it wrote when it was steered.
+        changed: Whether the two differ.
+        kl_to_clean: KL(clean || steered) of the first token's distribution, in nats.
     """
 
-    layer: int
-    coefficient: float
-    kind: Literal["direction", "random", "shuffled"]
-    draw: int
-    metric: float | None
-    metric_low: float | None
-    metric_high: float | None
+    prompt: str
+    clean: str
+    steered: str
+    changed: bool
     kl_to_clean: float | None
-    n_changed: int | None
-    perplexity: float | None
+
+
+class AblatedPrompt(TypedDict):
+    """One prompt, continued with and without the direction.
+
+    Attributes:
+        prompt: The prompt.
+        clean: What the model wrote by itself.
+        ablated: What it wrote without the direction.
+        changed: Whether the two differ.
+        kl_to_clean: KL(clean || ablated) of the first token's distribution, in nats.
+    """
+
+    prompt: str
+    clean: str
+    ablated: str
+    changed: bool
+    kl_to_clean: float | None
 
 
 class Push:
@@ -140,136 +145,6 @@ def check_positions(positions: str) -> None:
         raise ValueError(f"positions is {positions!r}; expected one of {', '.join(POSITIONS)}.")
 
 
-class NamedVector(NamedTuple):
-    """A vector of a sweep."""
-
-    kind: Literal["direction", "random", "shuffled"]
-    draw: int
-    values: Float[Tensor, " d"]
-
-
-def with_controls(
-    vector: Float[Tensor, " d"], controls: Sequence[Literal["random", "shuffled"]], n_draws: int, seed: int
-) -> list[NamedVector]:
-    """The direction's vector, then vectors of its norm that mean nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    named = [NamedVector("direction", 0, vector)]
-    for kind in dict.fromkeys(controls):
-        for draw in range(n_draws):
-            noise = torch.randn(len(vector), generator=generator)
-            mixed = vector[torch.randperm(len(vector), generator=generator)]
-            named.append(NamedVector(kind, draw, noise / noise.norm() * vector.norm() if kind == "random" else mixed))
-    return named
-
-
-class Measure:
-    """What a sweep compares every variant with: the prompts' next token and continuation without steering."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        ids: list[list[int]],
-        targets: list[int],
-        against: list[int],
-        positions: Positions,
-        max_new_tokens: int,
-        seed: int,
-    ) -> None:
-        self.model, self.tokenizer, self.ids, self.seed = model, tokenizer, ids, seed
-        self.targets, self.against, self.positions, self.max_new_tokens = targets, against, positions, max_new_tokens
-        self.clean = log_probs(next_logits(model, ids))
-        self.clean_metric = self.metric(self.clean)
-        self.clean_texts = self.continued(None, None) if max_new_tokens else []
-
-    def metric(self, logprobs: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, " rows"]:
-        """ln p(targets), minus ln p(against) where there are any."""
-        asked = logprobs[:, self.targets].logsumexp(-1)
-        return asked - logprobs[:, self.against].logsumexp(-1) if self.against else asked
-
-    def rows(self, point: HookPoint, vectors: list[NamedVector], coefficients: list[float]) -> list[SweepRow]:
-        """Every vector at every strength, at one point."""
-        variants = [(vector, coefficient) for vector in vectors for coefficient in coefficients]
-        added = torch.stack([vector.values * coefficient for vector, coefficient in variants])
-        n = len(self.ids)
-
-        def run(which: list[int]) -> list[tuple[float, float]]:
-            prompts = [i % n for i in which]
-            steered = next_logits(
-                self.model, [self.ids[i] for i in prompts], point, added[[i // n for i in which]], self.positions
-            )
-            logprobs = log_probs(steered)
-            kl = kl_divergence(self.clean[prompts], logprobs)
-            return list(zip(self.metric(logprobs).tolist(), kl.tolist(), strict=True))
-
-        found = in_batches([len(ids) for _ in variants for ids in self.ids], MAX_TOKENS, run)
-        metric, kl = torch.tensor(found, dtype=torch.float64).view(len(variants), n, 2).unbind(-1)
-        if any(coefficients) and not bool((kl > 0).any()):
-            raise RuntimeError(
-                f"No vector at {point} changed a next token's probability at any strength; expected a change. Raise "
-                "the coefficients or choose another layer."
-            )
-        mean, low, high = mean_interval(metric.T, self.seed)
-        return [
-            SweepRow(
-                layer=point.layer,
-                coefficient=coefficient,
-                kind=vector.kind,
-                draw=vector.draw,
-                metric=number(mean[i]),
-                metric_low=number(low[i]),
-                metric_high=number(high[i]),
-                kl_to_clean=number(kl[i].mean()),
-                **self.texts(point, added[i]),
-            )
-            for i, (vector, coefficient) in enumerate(variants)
-        ]
-
-    def texts(self, point: HookPoint, vector: Float[Tensor, " d"]) -> _Written:
-        """How many greedy continuations the vector changes, and their perplexity."""
-        if not self.max_new_tokens:
-            return _Written(n_changed=None, perplexity=None)
-        steered = self.continued(point, vector)
-        changed = sum(a != b for a, b in zip(steered, self.clean_texts, strict=True))
-        return _Written(n_changed=changed, perplexity=self.perplexity(steered))
-
-    def continued(self, point: HookPoint | None, vector: Float[Tensor, " d"] | None) -> list[list[int]]:
-        """Greedy continuations of all prompts."""
-
-        def push(longest: int) -> dict[HookPoint, Change]:
-            return {} if point is None or vector is None else {point: Push(vector, self.positions, longest)}
-
-        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": 0.0, "seed": 0}
-        found = continue_tokens(self.model, self.tokenizer, self.ids, edits=push, **options)
-        return [row["token_ids"] for row in found]
-
-    def perplexity(self, continuations: list[list[int]]) -> float | None:
-        """Of the tokens that follow the prompts, by the model without steering; None where there is no token."""
-        whole = [[*ids, *new] for ids, new in zip(self.ids, continuations, strict=True)]
-        points = [
-            (i, at, whole[i][at + 1]) for i, ids in enumerate(self.ids) for at in range(len(ids) - 1, len(whole[i]) - 1)
-        ]
-
-        def run(which: list[int]) -> list[list[float]]:
-            here = [(which.index(i), at, token) for i, at, token in points if i in which]
-            batch = pad([whole[i] for i in which], "right", 0, self.model.device)
-            rows, columns, tokens = torch.tensor(here, dtype=torch.long).view(-1, 3).unbind(1)
-            logprobs = log_probs(logits_at(self.model, batch, rows, columns))
-            chosen = logprobs.gather(-1, tokens[:, None].to(logprobs.device))[:, 0].tolist()
-            return [
-                [value for value, row in zip(chosen, rows.tolist(), strict=True) if row == j] for j in range(len(which))
-            ]
-
-        with torch.inference_mode():
-            values = [value for row in in_batches([len(ids) for ids in whole], MAX_TOKENS, run) for value in row]
-        return number(torch.tensor(values).double().mean().neg().exp()) if values else None
-
-
-class _Written(TypedDict):
-    n_changed: int | None
-    perplexity: float | None
-
-
 def without(vector: Float[Tensor, " d"]) -> Change:
     """Takes what lies along a unit vector away."""
 
@@ -305,17 +180,28 @@ def next_and_cosine(
     return torch.stack([logits for logits, _ in found]), max(cosine for _, cosine in found)
 
 
-def word_sets(
-    tokenizer: PreTrainedTokenizerBase, targets: Sequence[str], against: Sequence[str]
-) -> tuple[list[int], list[int]]:
-    """Ids of the tokens that a metric asks for and of those that it compares them with.
+class Continued(NamedTuple):
+    """A prompt's continuations without and with a change, whether they differ, and the first token's KL in nats."""
 
-    Raises:
-        ValueError: A text is not one token, there are none, or both sides share one.
-    """
-    if isinstance(targets, str) or isinstance(against, str) or not targets:
-        raise ValueError(f"targets is {targets!r} and against {against!r}; expected lists of texts of one token each.")
-    asked, compared = ([single_token_id(tokenizer, text) for text in part] for part in (targets, against))
-    if set(asked) & set(compared):
-        raise ValueError(f"targets {list(targets)} and against {list(against)} share a token; expected different ones.")
-    return asked, compared
+    clean: str
+    edited: str
+    changed: bool
+    kl_to_clean: float | None
+
+
+def continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    edits: Edits,
+    next_tokens: tuple[Float[Tensor, "n d_vocab"], Float[Tensor, "n d_vocab"]],
+    options: dict[str, Any],
+) -> list[Continued]:
+    """Continue each prompt without and with edits; `next_tokens` are its next-token logits, (without, with)."""
+    clean = continue_tokens(model, tokenizer, ids, **options)
+    edited = continue_tokens(model, tokenizer, ids, edits=edits, **options)
+    moved = numbers(kl_divergence(*map(log_probs, next_tokens)))
+    return [
+        Continued(before["text"], after["text"], before["token_ids"] != after["token_ids"], kl)
+        for before, after, kl in zip(clean, edited, moved, strict=True)
+    ]

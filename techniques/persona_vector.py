@@ -127,8 +127,7 @@ def persona_vector(
     answers = continue_tokens(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )
-    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
-    tested = {questions[i] for i in order[: len(order) // 2]}
+    tested = _held_out(questions, seed)
     responses = [_response(one, new, score, one.question in tested) for one, new in zip(asked, answers, strict=True)]
     _check_kept(responses)
     kept = [i for i, response in enumerate(responses) if response["kept"]]
@@ -193,6 +192,12 @@ def _all_asked(
         for question in questions
         for _ in range(rollouts)
     ]
+
+
+def _held_out(questions: Sequence[str], seed: int) -> set[str]:
+    """Half of the questions, whose answers no direction is found on."""
+    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {questions[i] for i in order[: len(order) // 2]}
 
 
 def _direction(

@@ -15,10 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._activations import Layers, Position, Reading, activations_at, points_of, read_at, untrained_activations
-from techniques._folds import (
-    Method,
-    predictions,
-)
+from techniques._folds import Method, predictions
 from techniques._probe_groups import Split, domains_of, split_of
 from techniques._probing import (
     Labels,
@@ -35,7 +32,7 @@ from techniques._probing import (
 )
 from techniques._results import Header, header, number
 from techniques._stats import N_BOOT, permutation_p
-from techniques._tokens import check_lists, plain
+from techniques._tokens import plain
 
 TELLING = 0.9  # balanced accuracy of a single token from which a warning is given
 
@@ -166,9 +163,7 @@ def linear_probe(
         labels, personas = [k for k, _, _ in said], [p for _, p, _ in said]
         linear_probe(model, tokenizer, texts, labels, personas, site="resid_pre", position=questions)
     """
-    check_lists(texts=texts)
     options = Options(method, c, n_folds, n_permutations, n_boot, seed)
-    options.check()
     reading = read_at(model, tokenizer, texts, position)
     named = number_labels(labels, len(reading.texts))
     split, notes = split_of(reading, named, plain(groups), options)
@@ -293,9 +288,7 @@ def probe_transfer(
         labels, topics = [k for k, _, _ in said], [q.topic for _, _, q in said]
         probe_transfer(model, tokenizer, texts, labels, topics, layer=0, position=questions)
     """
-    check_lists(texts=texts)
     options = Options(method, c, n_folds, 0, n_boot, seed)
-    options.check()
     reading = read_at(model, tokenizer, texts, position)
     named = number_labels(labels, len(reading.texts))
     domains, members = domains_of(reading, plain(groups), named)

@@ -16,7 +16,6 @@ from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._hooks import HookPoint, find_site, hook_point
@@ -24,14 +23,13 @@ from techniques._model import find_decoder
 from techniques._results import ArrayFile, Header, header, number
 from techniques._sae import SAE, load_sae, save_sae
 from techniques._sae_data import file_pass, model_pass, read_corpus, shuffled, write_activations
-from techniques._sae_training import CHOOSING, KINDS, Losses, Trainer, initial_weights
+from techniques._sae_training import CHOOSING, KINDS, Losses, Trainer, Weights, initial_weights, train
 from techniques._tokens import check_lists
 
 __all__ = ["SAE", "collect_activations", "load_sae", "save_sae", "train_sae"]
 
 Kind = Literal["topk", "batchtopk", "jumprelu", "relu"]
 CURVE_POINTS = 100
-WARM_UP, DECAY = 0.05, 0.2  # shares of the steps in which the learning rate rises from 0 and falls to 0
 AUX_COEFFICIENT, LACK_COEFFICIENT = 1 / 32, 3e-6  # what the losses that revive dead features weigh: Gao; Anthropic
 LOG = "training.json"
 
@@ -238,25 +236,21 @@ def train_sae(
         train_sae(model, tokenizer, texts, mkdtemp(), **options)
         ```
     """
-    check_lists(data=data)
     _check_options(kind, d_sae, k, steps, batch_size)
     generator = torch.Generator().manual_seed(seed)
     point, one_pass = _source(model, tokenizer, data, layer, site, generator)
     batches = shuffled(one_pass, batch_size, buffer_bytes, generator)
     sample = torch.cat([next(batches) for _ in range(4)])
     scale = math.sqrt(sample.shape[1]) / sample.norm(dim=1).mean().item()
-    window = max(25, min(1000, steps // 10))
-    weights = initial_weights(d_sae, kind, sample.mean(0) * scale, generator)
-    trainer = Trainer(weights, kind, k, window, AUX_COEFFICIENT if kind in CHOOSING else LACK_COEFFICIENT)
+    trainer = _trainer(initial_weights(d_sae, kind, sample.mean(0) * scale, generator), kind, k, steps)
     rate = 2e-4 * math.sqrt(2**14 / d_sae) if learning_rate is None else learning_rate
-    log, stop = _loop(trainer, (batch * scale for batch in batches), steps, rate, sparsity_coefficient)
+    log, stop = train(trainer, (batch * scale for batch in batches), steps, rate, sparsity_coefficient)
 
     sae = _check_weights(_finished(trainer, scale, _metadata(model, point, kind, len(log))))
     curve = _curve(log, scale**2 * sample.var(0, correction=0).sum().item())
-    warnings = _training_warnings(curve, len(log), steps)
     folder = save_sae(sae, path)
     result = TrainedSAE(
-        **header(model, "train_sae", n=len(log) * batch_size, seed=seed, warnings=warnings),
+        **header(model, "train_sae", n=len(log) * batch_size, seed=seed, warnings=_warnings(curve, len(log), steps)),
         path=str(folder),
         hook_name=str(point),
         kind=kind,
@@ -268,7 +262,7 @@ def train_sae(
         learning_rate=rate,
         sparsity_coefficient=0.0 if kind in CHOOSING else sparsity_coefficient,
         scale=number(scale),
-        dead_window=window,
+        dead_window=trainer.dead_window,
         curve=curve,
     )
     (folder / LOG).write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -304,6 +298,7 @@ def _source(
 ) -> tuple[HookPoint, Callable[[], Iterator[Tensor]]]:
     """Where the activations come from, and a function that reads them once."""
     if not isinstance(data, Mapping):
+        check_lists(data=data)
         point = _point(model, site, layer)
         corpus = read_corpus(model, tokenizer, data)
         return point, lambda: model_pass(model, corpus, point, generator)
@@ -317,31 +312,9 @@ def _source(
     return point, lambda: (part.to(device) for part in file_pass(data["file"]["path"], generator))
 
 
-def _loop(
-    trainer: Trainer, batches: Iterator[Tensor], steps: int, rate: float, coefficient: float
-) -> tuple[list[tuple[Losses, int]], KeyboardInterrupt | None]:
-    """Losses and number of dead features of each step done, and what stopped the steps, if anything did."""
-    log: list[tuple[Losses, int]] = []
-    try:
-        for step in tqdm(range(steps), desc=f"{trainer.kind} SAE", unit="step", delay=2):
-            warm = min(1.0, (step + 1) / max(1, WARM_UP * steps))
-            down = min(1.0, (steps - step) / max(1, DECAY * steps))
-            losses = trainer.step(next(batches), rate * warm * down, coefficient * warm)
-            _check_finite(losses, step, rate)
-            log.append((losses, int(trainer.dead.sum())))
-    except KeyboardInterrupt as stop:
-        if not log:
-            raise
-        return log, stop
-    return log, None
-
-
-def _check_finite(losses: Losses, step: int, rate: float) -> None:
-    if not all(map(math.isfinite, losses)):
-        raise ValueError(
-            f"The loss at step {step + 1} is not finite with learning_rate {rate:.3g}; expected numbers. Nothing was "
-            "saved. Lower learning_rate or sparsity_coefficient."
-        )
+def _trainer(weights: Weights, kind: str, k: int, steps: int) -> Trainer:
+    dead_window = max(25, min(1000, steps // 10))
+    return Trainer(weights, kind, k, dead_window, AUX_COEFFICIENT if kind in CHOOSING else LACK_COEFFICIENT)
 
 
 def _check_weights(sae: SAE) -> SAE:
@@ -354,7 +327,7 @@ def _check_weights(sae: SAE) -> SAE:
     return sae
 
 
-def _training_warnings(curve: Sequence[TrainingPoint], n_steps: int, steps: int) -> list[str]:
+def _warnings(curve: Sequence[TrainingPoint], n_steps: int, steps: int) -> list[str]:
     warnings = [] if n_steps == steps else [f"Training was stopped after {n_steps} of {steps} steps."]
     explained = curve[-1]["explained_variance"]
     if explained is not None and explained < 0:

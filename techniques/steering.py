@@ -8,60 +8,53 @@ et al., "Refusal in Language Models Is Mediated by a Single Direction" (2024), h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict
+from typing import Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._directions import Direction, unit_vector
-from techniques._generation import Edits, continue_tokens, prompt_ids
+from techniques._generation import Edits, prompt_ids
 from techniques._hooks import HookPoint, check_sites
 from techniques._model import UnsupportedModelError
-from techniques._results import Header, few, header, number, numbers
+from techniques._results import Header, few, header, number
 from techniques._steering import (
-    Measure,
+    AblatedPrompt,
     Positions,
     Push,
-    SweepRow,
+    SteeredPrompt,
     Units,
     check_positions,
+    continued,
     finite,
-    kl_divergence,
     next_and_cosine,
     next_logits,
     point_of,
     vector_of,
-    with_controls,
     without,
+)
+from techniques._steering_sweep import (
+    Measure,
+    SteeringSweep,
+    SweepRow,
+    strengths_of,
+    used_directions,
+    with_controls,
     word_sets,
 )
-from techniques._tokens import (
-    check_context,
-    check_lists,
-    encode,
-    log_probs,
-    plain,
-    texts_of,
-    whole_numbers,
-)
+from techniques._tokens import check_context, check_lists, encode, texts_of, whole_numbers
 
-
-class SteeredPrompt(TypedDict):
-    """One prompt, continued with and without steering.
-
-    Attributes:
-        prompt: The prompt.
-        clean: What the model wrote by itself.
-        steered: What it wrote when it was steered.
-        changed: Whether the two differ.
-        kl_to_clean: KL(clean || steered) of the first token's distribution, in nats.
-    """
-
-    prompt: str
-    clean: str
-    steered: str
-    changed: bool
-    kl_to_clean: float | None
+__all__ = [
+    "AblatedPrompt",
+    "SteeredPrompt",
+    "SteeringSweep",
+    "SweepRow",
+    "ablate_direction",
+    "steer_generate",
+    "steering_sweep",
+]
 
 
 class SteeredText(Header):
@@ -88,52 +81,6 @@ class SteeredText(Header):
     positions: Positions
     rows: list[SteeredPrompt]
     n_changed: int
-
-
-class SteeringSweep(Header):
-    """Result of `steering_sweep`.
-
-    Attributes:
-        site: Where in a block.
-        positive_class: What positive coefficients steer towards.
-        units: What a coefficient of 1 means.
-        positions: The tokens that the vectors were added to.
-        metric: What the metric is, in nats.
-        targets: The tokens that it asks for.
-        against: The tokens that it compares them with.
-        clean_metric: Its mean without steering.
-        clean_perplexity: Perplexity of the clean continuations, by the model itself; None if none was written.
-        rows: By layer, then kind, draw and coefficient.
-    """
-
-    site: str
-    positive_class: str
-    units: Units
-    positions: Positions
-    metric: str
-    targets: list[str]
-    against: list[str]
-    clean_metric: float | None
-    clean_perplexity: float | None
-    rows: list[SweepRow]
-
-
-class AblatedPrompt(TypedDict):
-    """One prompt, continued with and without the direction.
-
-    Attributes:
-        prompt: The prompt.
-        clean: What the model wrote by itself.
-        ablated: What it wrote without the direction.
-        changed: Whether the two differ.
-        kl_to_clean: KL(clean || ablated) of the first token's distribution, in nats.
-    """
-
-    prompt: str
-    clean: str
-    ablated: str
-    changed: bool
-    kl_to_clean: float | None
 
 
 class AblatedDirection(Header):
@@ -224,20 +171,13 @@ def steer_generate(
     vector = vector_of(model, direction, units) * finite(coefficient)
     check_positions(positions)
     check_context(model, ids, max_new_tokens)
-    clean_next = next_logits(model, ids)
-    steered_next = next_logits(model, ids, point, vector.expand(len(ids), -1), positions)
-    if torch.equal(clean_next, steered_next):
-        raise RuntimeError(
-            f"A vector of norm {float(vector.norm()):.3g} at {point} changed no logit; expected a change. It is lost "
-            f"in the rounding of {model.dtype}, or nothing reads it. Raise the coefficient or choose another layer."
-        )
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    next_tokens = _next_tokens(model, ids, point, vector, positions)
     push: Edits = lambda longest: {point: Push(vector, positions, longest)}  # noqa: E731
-    clean, steered, changed = _continued(model, tokenizer, ids, push, options)
-    moved = numbers(kl_divergence(log_probs(clean_next), log_probs(steered_next)))
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    found = continued(model, tokenizer, ids, push, next_tokens, options)
     rows = [
-        SteeredPrompt(prompt=prompt, clean=before, steered=after, changed=differs, kl_to_clean=kl)
-        for prompt, before, after, differs, kl in zip(texts, clean, steered, changed, moved, strict=True)
+        SteeredPrompt(prompt=prompt, clean=clean, steered=steered, changed=changed, kl_to_clean=kl)
+        for prompt, (clean, steered, changed, kl) in zip(texts, found, strict=True)
     ]
     return SteeredText(
         **header(model, "steer_generate", n=len(texts), seed=seed),
@@ -319,8 +259,8 @@ def steering_sweep(
     check_lists(targets=targets, against=against)
     check_sites(model)
     check_positions(positions)
-    used = _used(directions, None if layers is None else whole_numbers("layers", layers))
-    strengths = _strengths(coefficients)
+    used = used_directions(directions, None if layers is None else whole_numbers("layers", layers))
+    strengths = strengths_of(coefficients)
     if n_draws < 1 or max_new_tokens < 0 or not set(controls) <= {"random", "shuffled"}:
         raise ValueError(
             f"n_draws is {n_draws}, max_new_tokens {max_new_tokens} and controls {list(controls)}; expected at least "
@@ -421,12 +361,11 @@ def ablate_direction(
             f"The residual stream of {type(model).__name__} still has a cosine of up to {cosine:.3g} with the "
             "direction; expected none. Something else than its embeddings, attention and MLPs writes to it."
         )
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    clean, ablated, changed = _continued(model, tokenizer, ids, lambda _: edits, options)
-    moved = numbers(kl_divergence(log_probs(clean_next), log_probs(ablated_next)))
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    found = continued(model, tokenizer, ids, lambda _: edits, (clean_next, ablated_next), options)
     rows = [
-        AblatedPrompt(prompt=prompt, clean=before, ablated=after, changed=differs, kl_to_clean=kl)
-        for prompt, before, after, differs, kl in zip(texts, clean, ablated, changed, moved, strict=True)
+        AblatedPrompt(prompt=prompt, clean=clean, ablated=ablated, changed=changed, kl_to_clean=kl)
+        for prompt, (clean, ablated, changed, kl) in zip(texts, found, strict=True)
     ]
     return AblatedDirection(
         **header(model, "ablate_direction", n=len(texts), seed=seed),
@@ -438,34 +377,15 @@ def ablate_direction(
     )
 
 
-def _continued(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[list[int]],
-    edits: Edits,
-    options: dict[str, Any],
-) -> tuple[list[str], list[str], list[bool]]:
-    """Continuations without and with the edits, and whether they differ."""
-    clean = continue_tokens(model, tokenizer, ids, **options)
-    edited = continue_tokens(model, tokenizer, ids, edits=edits, **options)
-    differs = [a["token_ids"] != b["token_ids"] for a, b in zip(clean, edited, strict=True)]
-    return [row["text"] for row in clean], [row["text"] for row in edited], differs
-
-
-def _strengths(coefficients: float | Sequence[float]) -> list[float]:
-    given = plain(coefficients)
-    found = [finite(c) for c in ([given] if isinstance(given, int | float) else given)]
-    if not any(found):
-        raise ValueError(f"coefficients is {found}; expected one other than 0 at least, as 0 adds nothing.")
-    return found
-
-
-def _used(directions: Direction | Sequence[Direction], layers: list[int] | None) -> list[tuple[Direction, int | None]]:
-    """Each direction with the layer to add it at; None for its own."""
-    several = [directions] if isinstance(directions, dict) else list(directions)
-    if not several or (layers is not None and (len(several) > 1 or not layers)):
-        raise ValueError(
-            f"There are {len(several)} directions and layers is {layers}; expected at least one direction, and layers "
-            "for a single one only."
+def _next_tokens(
+    model: PreTrainedModel, ids: list[list[int]], point: HookPoint, vector: Float[Tensor, " d"], positions: Positions
+) -> tuple[Float[Tensor, "n d_vocab"], Float[Tensor, "n d_vocab"]]:
+    """Next-token logits without and with a vector, which has to make a difference."""
+    clean = next_logits(model, ids)
+    steered = next_logits(model, ids, point, vector.expand(len(ids), -1), positions)
+    if torch.equal(clean, steered):
+        raise RuntimeError(
+            f"A vector of norm {float(vector.norm()):.3g} at {point} changed no logit; expected a change. It is lost "
+            f"in the rounding of {model.dtype}, or nothing reads it. Raise the coefficient or choose another layer."
         )
-    return [(several[0], layer) for layer in layers] if layers is not None else [(one, None) for one in several]
+    return clean, steered

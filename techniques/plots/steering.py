@@ -9,7 +9,7 @@ from techniques.plots._style import AXIS, INK, LAYOUT, LINES, quoted
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from techniques._steering import SweepRow
+    from techniques._steering_sweep import SweepRow
     from techniques.steering import SteeringSweep
 
 KINDS = (("random", LINES[3], "rgba(194, 143, 0, 0.28)"), ("shuffled", LINES[4], "rgba(157, 95, 208, 0.22)"))

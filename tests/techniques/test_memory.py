@@ -74,16 +74,27 @@ CASES: dict[str, Callable[[Any, Any], Any]] = {
     ),
     "iterative_pruning": lambda m, t: iterative_pruning(m, t, PAIRS, PAIR_ANSWERS),
     "ablate_direction": lambda m, t: ablate_direction(m, t, PROMPTS, direction(m), max_new_tokens=4),
+    # As strong as it takes to change texts: where a vector is added has to show.
     "steer_generate": lambda m, t: steer_generate(
-        m, t, UNEQUAL, direction(m), 3.0, units="absolute", positions="response", max_new_tokens=6
+        m, t, UNEQUAL, direction(m), 30.0, units="absolute", positions="response", max_new_tokens=6
     ),
     "steering_sweep": lambda m, t: steering_sweep(
-        m, t, UNEQUAL, direction(m), [4.0], [" Paris"], units="absolute", positions="last", n_draws=1, max_new_tokens=4
+        m, t, UNEQUAL, direction(m), [30.0], [" Paris"], units="absolute", positions="last", n_draws=1, max_new_tokens=4
     ),
     "persona_vector": lambda m, t: persona_vector(
         m, t, ["You are a physicist."], ["You are a child."], ["What is the sky?", "What is a river?"], max_new_tokens=6
     ),
 }
+
+
+USUAL: dict[str, Any] = {}
+
+
+def usual(name: str, demo: tuple[Any, Any]) -> Any:
+    """A case's result on the demo model as it is, computed once for all tests that compare with it."""
+    if name not in USUAL:
+        USUAL[name] = CASES[name](*demo)
+    return USUAL[name]
 
 
 @contextmanager
@@ -124,10 +135,9 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_batch_that_does_not_fit_gives_the_same_numbers(name: str, n_rows: int, demo: tuple[Any, Any]) -> None:
     model, tokenizer = copy.deepcopy(demo[0]), demo[1]
-    whole = CASES[name](model, tokenizer)
     with few_rows(model, n_rows) as sizes:
         found = CASES[name](model, tokenizer)
-    assert_same(found, whole)
+    assert_same(found, usual(name, demo))
     assert max(sizes) > n_rows or name == "prefill_attack", "nothing ran out of memory"
 
 

@@ -12,7 +12,7 @@ import torch
 
 from interp_kernel.demo_model import corpus
 from techniques import directions, steering
-from techniques._steering import with_controls
+from techniques._steering_sweep import with_controls
 from techniques.directions import vector_direction
 from techniques.plots.steering import plot_steering_sweep
 

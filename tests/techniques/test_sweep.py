@@ -105,7 +105,7 @@ def single_patches(model: Any, other: dict[HookPoint, Tensor], sites: Any) -> li
         for point, values in other.items():
             if point.site not in sites:
                 continue
-            for positions in (None, [last], [1, 3]):
+            for positions in ([last] if row else None, [1, 3]):
                 value = values[row] if positions is None else values[row][positions]
                 variants.append(Variant(row, [Patch(point, value, positions)]))
                 if point.site == "z":
@@ -372,7 +372,7 @@ def test_memory_stays_within_the_budget(budget: int, attention: str) -> None:
     value = torch.ones(16)
     variants = [
         Variant(row, [Patch(HookPoint("z", layer), value, [p], head)])
-        for row in (0, 1) for layer in range(4) for p in range(0, 40, 4) for head in range(4)
+        for row in (0, 1) for layer in range(4) for p in range(0, 40, 8) for head in range(4)
     ]  # fmt: skip
     sweep(model, batch, variants[:1])
     gc.collect()
