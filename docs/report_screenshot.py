@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from interp_kernel.notebook.batch import run_batch
-from interp_kernel.notebook.study import read_study
+from interp_kernel.notebook.batch.batch import run_batch
+from interp_kernel.notebook.batch.study import read_study
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, SCALE = 1160, 2

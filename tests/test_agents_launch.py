@@ -347,15 +347,14 @@ def test_what_is_missing_is_said(
     assert expected in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("editor", "key"), [("claude-desktop", "mcpServers"), ("cursor", "mcpServers"), ("vscode", "servers")]
-)
-def test_an_editors_entry_names_a_server_that_runs(
-    editor: str, key: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["agent", "--print-config", editor, "--workspace", str(tmp_path)]) == 0
-    (server,) = json.loads(capfd.readouterr().out)[key].values()
-    assert server["args"][-2:] == ["--workspace", str(tmp_path)]
-    assert server.get("type") == ("stdio" if editor == "vscode" else None)
-    done = subprocess.run([server["command"], *server["args"]], stdin=subprocess.DEVNULL, timeout=30, check=False)
+def test_an_editors_entry_names_a_server_that_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    commands = []
+    for editor, key in {"claude-desktop": "mcpServers", "cursor": "mcpServers", "vscode": "servers"}.items():
+        assert main(["agent", "--print-config", editor, "--workspace", str(tmp_path)]) == 0
+        (server,) = json.loads(capfd.readouterr().out)[key].values()
+        assert server["args"][-2:] == ["--workspace", str(tmp_path)]
+        assert server.get("type") == ("stdio" if editor == "vscode" else None)
+        commands.append([server["command"], *server["args"]])
+    assert commands[0] == commands[1] == commands[2]
+    done = subprocess.run(commands[0], stdin=subprocess.DEVNULL, timeout=30, check=False)
     assert done.returncode == 0

@@ -26,7 +26,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from interp_kernel.backends.local import list_workers
 from interp_kernel.cli import main
-from interp_kernel.notebook.provenance import read_attempts, read_record, read_runs
+from interp_kernel.notebook.provenance import read_record, read_runs
 from tests.helpers_worker import wait_until
 
 END_S = 150.0
@@ -259,21 +259,6 @@ def mounted() -> Iterator[Callable[[Path, str], None]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_two_batches_on_one_folder(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "go")
-    path = study(tmp_path, notebook(tmp_path / "n.ipynb", f"open({str(tmp_path / 'go')!r}).read()"))
-    first = start(path)
-    try:
-        wait_until(lambda: any(r["status"] == "running" for r in read_attempts(tmp_path / "out")))
-        second = batch(path, "--resume")
-        assert second.code == 1
-        assert f"is in use by another batch (process {first.pid} since " in second.stderr
-    finally:
-        (tmp_path / "go").write_text("now")
-    assert Ended(first).code == 0
-    assert statuses(tmp_path / "out") == {"n": "completed"}
-
-
 def test_typo_in_the_spec_is_told_with_line_and_suggestion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     notebook(tmp_path / "n.ipynb", tagged("layer = 1", "parameters"))
     for typo, message in [
@@ -318,7 +303,7 @@ def family(pid: int) -> dict[str, list[psutil.Process]]:
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             command = " ".join(process.cmdline())
-            if "notebook.launcher" in command:
+            if "batch.launcher" in command:
                 found["run" if process.ppid() != pid else "launcher"].append(process)
             elif "ipykernel_launcher" in command or "interp_kernel.kernel" in command:
                 found["kernel"].append(process)

@@ -20,13 +20,13 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
-from interp_kernel.notebook.batch import run_batch
-from interp_kernel.notebook.batch_charts import draw_metric
-from interp_kernel.notebook.batch_report import write_report
+from interp_kernel.notebook.batch.batch import run_batch
+from interp_kernel.notebook.batch.charts import draw_metric
+from interp_kernel.notebook.batch.report import write_report
+from interp_kernel.notebook.batch.study import Study
+from interp_kernel.notebook.batch.thumbnails import HEIGHT, WIDTH, thumbnails
 from interp_kernel.notebook.provenance import append
 from interp_kernel.notebook.report import PLOTLY
-from interp_kernel.notebook.study import Study
-from interp_kernel.notebook.thumbnails import HEIGHT, WIDTH, thumbnails
 
 FIGURE = """
 from IPython.display import display
@@ -181,7 +181,8 @@ def test_a_thousand_runs_take_seconds_and_few_megabytes(tmp_path: Path) -> None:
     for index in range(1000):
         (tmp_path / f"run-{index}.ipynb").write_text(text)
         once = {**failed, "ename": "Rare"} if index == 0 else {}
-        append(tmp_path, record(index, **(failed if index % 10 == 3 else once)))
+        more = {**failed, "evalue": f"sample {index}: {'x' * 5000}"} if index % 10 == 3 else once
+        append(tmp_path, record(index, **more))
     start = time.process_time()
     path = write_report(tmp_path)
     assert time.process_time() - start < 10
@@ -193,7 +194,9 @@ def test_a_thousand_runs_take_seconds_and_few_megabytes(tmp_path: Path) -> None:
         "100 x E a cell raised in cell 1",
         "1 x Rare a cell raised in cell 1",
     ]
-    assert "1 h 30 min for 33 min 20 s of runs" in page.select_one(".facts").get_text()
+    assert "sample 3: x" in page.select_one(".reason").get_text()
+    assert page.select_one(".reason").get_text().endswith("(and so on, with other numbers)")
+    assert "1 h 30 min from first to last, 33 min 20 s in runs" in page.select_one(".facts").get_text()
     summary = (tmp_path / "report.md").read_text()
     assert len(summary) < 40_000
     assert "800 more rows in runs.jsonl." in summary

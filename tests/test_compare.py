@@ -70,7 +70,7 @@ def check_triple(make: Any) -> CellComparison:
 
 def test_numbers_in_printed_text() -> None:
     changed = check_triple(lambda x: printed(f"layer 3\nloss {x!r} after 10 steps\n"))
-    assert str(changed.changes[0]) == "stdout, line 2: 1.0 -> 1.5"
+    assert str(changed.changes[0]) == "stdout, line 2: 1 -> 1.5"
 
 
 def test_metric() -> None:
@@ -83,7 +83,7 @@ def test_metric_that_is_recorded_in_a_loop() -> None:
         return executed(*(bundle(METRIC, {"name": "loss", "value": value}) for value in values))
 
     (cell,) = compare_notebooks(losses(3.0, 2.0, 1.0), losses(3.0, 2.5, 1.0))
-    assert [str(change) for change in cell.changes] == ["metric 'loss' (2): 2.0 -> 2.5"]
+    assert [str(change) for change in cell.changes] == ["metric 'loss' (2): 2 -> 2.5"]
 
 
 def test_json_and_dictionaries() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import threading
@@ -116,9 +117,7 @@ def test_small_faults_are_mended_with_a_word(opened: Agent) -> None:
     path = opened.workspace / "mended.ipynb"
     path.write_text(notebook_of(*faulty, minor=None))
     answer = opened.read("start_session_resume_notebook", notebook_path="mended.ipynb")
-    notes = [line for line in answer.splitlines() if line.startswith("Note: ")]
-    assert len(notes) >= 5
-    assert all("mended.ipynb" in note for note in notes)
+    assert len(re.findall("^Note: .*mended.ipynb", answer, re.MULTILINE)) >= 5
     opened.switch_to(path)
     assert [outputs_of(path, cell["id"]) for cell in cells(path) if cell["cell_type"] == "code"] == [
         f"{n}\n" for n in (0, 1, 2, 3, 5, 6, 7)
@@ -152,18 +151,6 @@ def test_a_resumed_notebook_tells_what_failed_and_what_differs(opened: Agent) ->
     assert "cell cell1 (done): was 'one', is now 'two'" in answer
     assert "cell0" not in answer.replace("Cells that ran: cell0", "")
     assert outputs_of(path, "cell3") == "one\n"
-    opened.shutdown()
-
-
-def test_a_continued_notebook_is_a_copy(opened: Agent) -> None:
-    path = opened.workspace / "origin.ipynb"
-    path.write_text(notebook_of(code_cell("x = 20 + 1\nprint(x)")))
-    before = path.read_bytes()
-    facts = opened.call("start_session_continue_notebook", notebook_path="origin.ipynb", experiment_name="fork")
-    opened.session = facts["session_id"]
-    assert Path(facts["notebook_path"]).name.endswith("fork.ipynb")
-    assert opened.ok("x * 2") == "42"
-    assert path.read_bytes() == before
     opened.shutdown()
 
 

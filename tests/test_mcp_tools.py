@@ -21,6 +21,7 @@ from pydantic import AnyUrl
 
 from interp_kernel.agents import instructions
 from interp_kernel.catalogue import package_techniques
+from interp_kernel.mcp.runs import comparable
 from tests.helpers_agent import Agent, Gate, agent, cells, log_of
 from tests.helpers_mcp import command, text_of
 from tests.helpers_worker import wait_until
@@ -55,6 +56,14 @@ def opened(workspace: Path) -> Iterator[Agent]:
 @pytest.fixture(scope="module")
 def tools(opened: Agent) -> dict[str, Tool]:
     return {tool.name: tool for tool in opened.portal.call(opened.client.list_tools).tools}
+
+
+@pytest.fixture
+def made(opened: Agent) -> Iterator[Agent]:
+    """The same agent, for a session of the test's own."""
+    first = opened.session
+    yield opened
+    opened.session = first
 
 
 @pytest.fixture
@@ -189,7 +198,7 @@ def test_notebook_is_read_in_pages(opened: Agent, notebook: Path) -> None:
     last = opened.call("add_markdown", **ask, content="\n## A heading\ntext")["cell_id"]
     total = len(order(notebook))
     outline = opened.read("read_notebook", **ask, start=total - 1).splitlines()
-    assert outline[1].split() == [str(total - 1), last, "markdown", "not", "run", "here", "##", "A", "heading"]
+    assert outline[1].split() == [str(total - 1), last, "markdown", "##", "A", "heading"]
     page = opened.call("read_notebook", **ask, start=1, limit=2)
     assert [row["cell_id"] for row in page["rows"]] == order(notebook)[1:3]
     assert f"{total - 3} more cells: read_notebook(start=3)" in opened.read("read_notebook", **ask, start=1, limit=2)
@@ -287,83 +296,98 @@ def test_output_is_read_in_slices(opened: Agent) -> None:
 # ---------------------------------------------------------------------------------------- whole notebooks
 
 
-def test_run_all_uses_a_fresh_kernel_and_says_what_changed(workspace: Path) -> None:
-    with agent(workspace) as made:
-        path = made.start("run all")
-        ask = {"session_id": made.session}
-        made.run("import random\nrandom.seed(0)\nvalues = [3]")
-        object_cell = made.run("object()")["cell_id"]  # its address differs each time, which is no change
-        changing = made.run("print('same')\nprint(len(values))")["cell_id"]
-        made.run("values.append(4)")
-        made.call("edit_cell", **ask, cell_id=changing, source="print('same')\nprint(len(values))")
-        made.run("later = 1")
-        facts = made.call("run_all", **ask)
-        assert (facts["replay"]["state"], facts["replay"]["changed"]) == ("done", 1)
-        [row] = [row for row in facts["replay"]["rows"] if row["changed"]]
-        assert (row["cell_id"], row["before"], row["after"]) == (changing, "2", "1")
-        assert object_cell in facts["replay"]["ran"]
-        assert [cell["execution_count"] for cell in cells(path)] == [1, 2, 3, 4, 5]
-        made.run("{}['gone']")
-        made.run("never = 1")
-        failed = made.call("run_all", **ask)["replay"]
-        assert (failed["state"], len(failed["ran"]), failed["total"], failed["rows"][-1]["state"]) == (
-            "failed",
-            6,
-            7,
-            "failed",
-        )
-        assert made.ok("later") == "1"
-        assert made.run("never")["error"]["ename"] == "NameError"
-        made.shutdown()
+def test_run_all_uses_a_fresh_kernel_and_says_what_changed(made: Agent) -> None:
+    path = made.start("run all")
+    ask = {"session_id": made.session}
+    made.run("import random\nrandom.seed(0)\nvalues = [3]")
+    object_cell = made.run("object()")["cell_id"]  # its address differs each time, which is no change
+    changing = made.run("print('same')\nprint(len(values))")["cell_id"]
+    made.run("values.append(4)")
+    made.call("edit_cell", **ask, cell_id=changing, source="print('same')\nprint(len(values))")
+    made.run("later = 1")
+    facts = made.call("run_all", **ask)
+    assert (facts["replay"]["state"], facts["replay"]["changed"]) == ("done", 1)
+    [row] = [row for row in facts["replay"]["rows"] if row["changed"]]
+    assert (row["cell_id"], row["before"], row["after"]) == (changing, "2", "1")
+    assert object_cell in facts["replay"]["ran"]
+    assert [cell["execution_count"] for cell in cells(path)] == [1, 2, 3, 4, 5]
+    made.run("{}['gone']")
+    stopped = made.run("import time\nwhile True:\n    time.sleep(0.01)", timeout_s=0.2)["cell_id"]
+    last = made.run("last = 1")["cell_id"]
+    text = made.read("run_all", **ask)
+    assert "[done | 7 of 8 code cells ran | 0 with other outputs]" in text
+    assert "(failed): as before" in text
+    assert f"cell {stopped} (skipped): it ended with KeyboardInterrupt and might again" in text
+    made.call("edit_cell", **ask, cell_id=last, source="gone", run=False)
+    made.call("insert_cell", **ask, source="never = 1")
+    facts = made.call("run_all", **ask)["replay"]
+    failed = facts["rows"][-1]
+    assert (facts["state"], failed["cell_id"], failed["state"]) == ("failed", last, "failed")
+    assert made.ok("later") == "1"
+    assert made.run("never")["error"]["ename"] == "NameError"
+    made.shutdown()
 
 
-def test_long_run_all_goes_on_in_the_background_and_can_be_stopped(workspace: Path, gate: Gate) -> None:
-    with agent(workspace) as made:
-        made.start("long")
-        ask = {"session_id": made.session}
-        made.call("insert_cell", **ask, source="a = 1")
-        made.call("insert_cell", **ask, source=gate.code)
-        made.call("insert_cell", **ask, source="b = 1")
-        facts = made.call("run_all", **ask, wait_s=0)
-        assert facts["replay"]["state"] == "running"
-        gate.wait()
-        assert "run_all is running the notebook (1 of 3 cells so far)" in made.refused("execute_code", **ask, code="1")
-        text = made.read("wait", **ask, wait_s=0)
-        assert "[running | 1 of 3 code cells ran" in text
-        assert made.call("interrupt", **ask)["state"] == "interrupted"
-        assert made.call("wait", **ask)["replay"]["state"] == "failed"
-        assert made.ok("a") == "1"
-        assert made.call("wait", **ask)["text"] == "1"  # the last run, for run_all is over
-        made.shutdown()
+def test_progress_and_load_times_are_no_change_of_a_cell() -> None:
+    def shown(html: str, **more: str) -> dict[str, Any]:
+        return {"output_type": "display_data", "metadata": {}, "data": {"text/html": html, **more}}
+
+    def said(text: str) -> dict[str, Any]:
+        return {"output_type": "stream", "name": "stderr", "text": text}
+
+    widget = "application/vnd.jupyter.widget-view+json"
+    before = [shown("<code>demo loaded in 2.9 s</code>"), said("5/5 [00:01<00:00, 3.1it/s]\n"), said("{'load_s': 2.9}")]
+    after = [shown("<div>a <progress value='5'></progress></div>", **{widget: "x"})]
+    after += [said("5/5 [00:09<00:00, 1.1it/s]\n"), said("{'load_s': 31.0}")]
+    assert comparable(before) == comparable(after)
+    assert comparable([shown("<b>2.9</b>")]) != comparable([shown("<b>3.0</b>")])
+
+
+def test_long_run_all_goes_on_in_the_background_and_can_be_stopped(made: Agent, gate: Gate) -> None:
+    made.start("long")
+    ask = {"session_id": made.session}
+    made.call("insert_cell", **ask, source="a = 1")
+    made.call("insert_cell", **ask, source=gate.code)
+    made.call("insert_cell", **ask, source="b = 1")
+    facts = made.call("run_all", **ask, wait_s=0)
+    assert facts["replay"]["state"] == "running"
+    gate.wait()
+    assert "run_all is running the notebook (1 of 3 cells so far)" in made.refused("execute_code", **ask, code="1")
+    text = made.read("wait", **ask, wait_s=0)
+    assert "[running | 1 of 3 code cells ran" in text
+    assert made.call("interrupt", **ask)["state"] == "interrupted"
+    assert made.call("wait", **ask)["replay"]["state"] == "failed"
+    assert made.ok("a") == "1"
+    assert made.call("wait", **ask)["text"] == "1"  # the last run, for run_all is over
+    made.shutdown()
 
 
 # ------------------------------------------------------------------------------------------- beginnings
 
 
-def test_prepared_session_has_a_client_and_knows_how_to_work(workspace: Path) -> None:
-    with agent(workspace) as made:
-        path = made.start("prepared")
-        answer = made.ask("init_session", session_id=made.session)
-        facts, text = answer.structuredContent or {}, text_of(answer)
-        assert facts["state"] == "done"
-        assert instructions() in text
-        names = {technique.name for technique in package_techniques()}
-        assert set(facts["techniques"]) == names
-        assert all(f"\n{name}: " in text for name in names)
-        assert "'class': 'GPT2LMHeadModel'" in facts["text"]
-        start = time.monotonic()
-        described = made.read("describe_technique", name="logit_lens")
-        load = described.rpartition("Load it: ")[2]
-        code = f"{load}\nresult = client.run(logit_lens, 'The Eiffel Tower is in')\ntype(result).__name__"
-        assert made.ok(code) == "'dict'"
-        assert made.ok("%%remote\nmodel.config.n_layer") == "4"  # the same worker
-        assert time.monotonic() - start < 60
-        assert cells(path)[0]["source"].splitlines()[0] == "from interp_kernel import InterpClient"
-        made.shutdown()
-        resumed = made.read("start_session_resume_notebook", notebook_path=path.name)
-        assert "Note: A worker with demo is warm; its cells load no model." in resumed
-        assert "[done | 3 of 3 code cells ran" in resumed
-        made.call("shutdown_session", session_id=resumed.partition("[session ")[2][:8])
+def test_prepared_session_has_a_client_and_knows_how_to_work(made: Agent) -> None:
+    path = made.start("prepared")
+    answer = made.ask("init_session", session_id=made.session)
+    facts, text = answer.structuredContent or {}, text_of(answer)
+    assert facts["state"] == "done"
+    assert instructions() in text
+    names = {technique.name for technique in package_techniques()}
+    assert set(facts["techniques"]) == names
+    assert all(f"\n{name}: " in text for name in names)
+    assert "'class': 'GPT2LMHeadModel'" in facts["text"]
+    start = time.monotonic()
+    described = made.read("describe_technique", name="logit_lens")
+    load = described.rpartition("Load it: ")[2]
+    code = f"{load}\nresult = client.run(logit_lens, 'The Eiffel Tower is in')\ntype(result).__name__"
+    assert made.ok(code) == "'dict'"
+    assert made.ok("%%remote\nmodel.config.n_layer") == "4"  # the same worker
+    assert time.monotonic() - start < 60
+    assert cells(path)[0]["source"].splitlines()[0] == "from interp_kernel import InterpClient"
+    made.shutdown()
+    resumed = made.read("start_session_resume_notebook", notebook_path=path.name)
+    assert "Note: A worker with demo is warm; its cells load no model." in resumed
+    assert "[done | 3 of 3 code cells ran" in resumed
+    made.call("shutdown_session", session_id=resumed.partition("[session ")[2][:8])
 
 
 def test_model_of_the_operator_is_in_the_notebook_for_every_cell(workspace: Path) -> None:
@@ -389,19 +413,16 @@ def test_hidden_model_can_not_be_replaced(workspace: Path, tmp_path: Path) -> No
         made.shutdown()
 
 
-def test_cell_of_a_dead_kernel_keeps_its_source(workspace: Path) -> None:
-    with agent(workspace) as made:
-        path = made.start("dead")
-        ask = {"session_id": made.session}
-        cell = made.run("import os\nos._exit(0)")["cell_id"]
-        assert "nothing runs until you call restart_kernel" in made.refused(
-            "edit_cell", **ask, cell_id=cell, source="1"
-        )
-        assert "so it has no variables" in made.refused("list_variables", **ask)
-        assert made.call("edit_cell", **ask, cell_id=cell, source="2", run=False)["state"] == "not run here"
-        assert [row["source"] for row in cells(path)] == ["2"]
-        assert "'zz' is not in" in made.refused("interrupt", **ask, cell_id="zz")
-        made.shutdown()
+def test_cell_of_a_dead_kernel_keeps_its_source(made: Agent) -> None:
+    path = made.start("dead")
+    ask = {"session_id": made.session}
+    cell = made.run("import os\nos._exit(0)")["cell_id"]
+    assert "nothing runs until you call restart_kernel" in made.refused("edit_cell", **ask, cell_id=cell, source="1")
+    assert "so it has no variables" in made.refused("list_variables", **ask)
+    assert made.call("edit_cell", **ask, cell_id=cell, source="2", run=False)["state"] == "not run here"
+    assert [row["source"] for row in cells(path)] == ["2"]
+    assert "'zz' is not in" in made.refused("interrupt", **ask, cell_id="zz")
+    made.shutdown()
 
 
 def test_prompt_and_resource_are_the_instructions(opened: Agent) -> None:
@@ -414,7 +435,7 @@ def test_prompt_and_resource_are_the_instructions(opened: Agent) -> None:
     assert content.text == read.text == instructions()
 
 
-@pytest.mark.parametrize(("name", "has_facts"), [("claude-code", False), ("codex-mcp-client", False), ("cursor", True)])
+@pytest.mark.parametrize(("name", "has_facts"), [("claude-code", False), ("cursor", True)])
 def test_clients_that_would_show_the_facts_alone_get_the_text_alone(
     workspace: Path, name: str, has_facts: bool
 ) -> None:

@@ -105,7 +105,7 @@ def test_code_that_was_edited_in_between_is_named(tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text("def answer():\n    return 43\n")
     found = reproduce(before, tmp_path / "again.ipynb", progress=False)
     lines = found.describe()
-    assert "    stdout: 42.0 -> 43.0" in lines
+    assert "    stdout: 42 -> 43" in lines
     assert "what else differs between the two runs:" in lines
     ((name, (first, second)),) = found.around.items()
     assert name == f"hashes.sources.{tmp_path / 'helper.py'}"

@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from interp_kernel.errors import NotebookError, SpecError
-from interp_kernel.notebook.study import Study, plan, read_study
+from interp_kernel.notebook.batch.study import Study, plan, read_study
 
 SPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
@@ -101,7 +101,7 @@ def test_scalars_are_those_of_yaml_1_2(folder: Path) -> None:
 def test_python_and_json_say_the_same_as_yaml(folder: Path) -> None:
     yaml = read(folder, "notebooks: a.ipynb\ngrid: {layer: [0, 1]}\njobs: 3\nname: x")
     fields = {"notebooks": ["a.ipynb"], "grid": {"layer": [0, 1]}, "jobs": 3, "name": "x"}
-    made = f"from interp_kernel.notebook.study import Study\nstudy = Study(**{fields!r})"
+    made = f"from interp_kernel.notebook.batch.study import Study\nstudy = Study(**{fields!r})"
     assert read(folder, json.dumps(fields), "study.json") == yaml
     assert read(folder, f"study = {fields!r}", "one.py") == yaml
     assert read(folder, made, "two.py") == yaml

@@ -63,7 +63,7 @@ def render(outputs: Sequence[Mapping[str, Any]], *, cell_id: str, limit: int = T
     left_out = pieces[half:-half] if len(pieces) > 2 * half else []
     shown = [*pieces[:half], *pieces[-half:]] if left_out else pieces
     pictures = _pictures([piece.output for piece in shown])
-    level = _level([piece.size for piece in shown], limit - NOTICE_BYTES - 60 * len(pictures))
+    level = shared([piece.size for piece in shown], limit - NOTICE_BYTES - 60 * len(pictures))
     blocks: list[Block] = []
     for index, piece in enumerate(shown):
         if left_out and index == half:
@@ -74,8 +74,8 @@ def render(outputs: Sequence[Mapping[str, Any]], *, cell_id: str, limit: int = T
     return _merged(blocks)
 
 
-def cut(text: str, limit: int, cell_id: str, start: int = 0) -> str:
-    """Head and tail of a text that is longer than `limit` bytes, and between them what to call for the rest."""
+def cut(text: str, limit: int, cell_id: str, start: int = 0, rest: str = "") -> str:
+    """Head and tail of a text that is longer than `limit` bytes, and between them how to read the rest."""
     data = text.encode()
     if len(data) <= limit:
         return text
@@ -83,10 +83,8 @@ def cut(text: str, limit: int, cell_id: str, start: int = 0) -> str:
     head = data[:half].decode(errors="ignore")
     tail = data[len(data) - half :].decode(errors="ignore")
     first, last = len(head), len(text) - len(tail)
-    return (
-        f"{head}\n[{last - first:,} of {len(text):,} characters left out; "
-        f'read_output(cell_id="{cell_id}", start={start + first}) reads on]\n{tail}'
-    )
+    rest = rest or f'read_output(cell_id="{cell_id}", start={start + first}) reads on'
+    return f"{head}\n[{last - first:,} of {len(text):,} characters left out; {rest}]\n{tail}"
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -102,7 +100,7 @@ def _pieces(outputs: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
         start += len(text) + len(SEPARATOR)
 
 
-def _level(sizes: list[int], limit: int) -> int:
+def shared(sizes: list[int], limit: int) -> int:
     """The size to which the longest must be cut so that all together fit: short ones stay whole."""
     left = max(0, limit - len(sizes))
     for position, size in enumerate(sorted(sizes)):

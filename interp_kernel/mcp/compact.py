@@ -15,6 +15,7 @@ from typing import Any
 Output = Mapping[str, Any]
 
 PLOTLY = "application/vnd.plotly.v1+json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*\x1b\\|[ -/]*[0-~])")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -54,6 +55,8 @@ def plain(text: str) -> str:
 def bundle_text(data: Mapping[str, Any]) -> str:
     """The most telling text of a MIME bundle."""
     own = plain(joined(data["text/plain"])) if "text/plain" in data else ""
+    if WIDGET in data:
+        return f"[widget, as it first looked] {own}".rstrip()
     if PLOTLY in data:
         try:
             return figure_text(data[PLOTLY])

@@ -126,7 +126,8 @@ class Document:
     def news(self) -> list[str]:
         """What others did to the file since this was last asked."""
         news, self._news = self._news, []
-        return news
+        more = [f"{len(news) - TOLD} more changes were made; read_notebook shows all."] if len(news) > TOLD else []
+        return news[:TOLD] + more
 
     # -------------------------------------------------------------------------------------------- file
 

@@ -49,11 +49,13 @@ class ServerKernel:
         self._pump: asyncio.Task[None] | None = None
         self._queue: asyncio.Queue[Message] = asyncio.Queue()
         self._ended: str | None = "it was not started"
+        self.is_taken = False
 
     async def start(self, *, fresh: bool = False) -> None:
         """See `Kernel.start`; a kernel of somebody else is restarted where a fresh one is asked for."""
         path = await self._served_path()
         sessions = [session for session in await self._get("sessions") if session["path"] == path]
+        self.is_taken = bool(sessions) and not fresh
         if sessions:
             self._kernel_id = sessions[0]["kernel"]["id"]
             if fresh:

@@ -29,6 +29,10 @@ class Kernel(Protocol):
     def url(self) -> str | None:
         """The Jupyter server that keeps it, if one does."""
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether it was there before, with somebody's variables."""
+
     async def start(self, *, fresh: bool = False) -> None:
         """Start it and wait until it answers.
 
@@ -59,6 +63,7 @@ class LocalKernel:
     """A kernel that this process starts, in a process session of its own."""
 
     url = None
+    is_taken = False
 
     def __init__(self, folder: Path, cwd: Path, environment: dict[str, str]) -> None:
         """Nothing starts yet.

@@ -13,13 +13,16 @@ from interp_kernel.mcp.outputs import Output
 from interp_kernel.mcp.runs import Runner, comparable
 
 EXCERPT_CHARS = 160
+STOPPED = ("KeyboardInterrupt", "KernelDiedError")
+"""Errors that end a cell which would otherwise have gone on, or which would take the kernel along."""
 
 
 @dataclass
 class Replay:
-    """All code cells of a notebook, run in order in a fresh kernel; the first that fails ends it.
+    """All code cells of a notebook, run in order in a fresh kernel; the first that fails otherwise than before ends it.
 
-    `rows` holds a row per cell: cell_id, state, changed, and where it changed, how: before, after.
+    A cell that was stopped, or in which the kernel ended, would do the same again: it is skipped. `rows` holds a row
+    per cell: cell_id, state, changed, and where it changed, how: before, after.
     """
 
     why: str
@@ -36,10 +39,17 @@ class Replay:
         try:
             for cell in cells:
                 before = list(cell.data["outputs"])
+                last = runner.runs.get(cell.id)
+                if error_in(before) in STOPPED and (last is None or last.source == cell.source):
+                    self.rows.append({**row(cell.id, "skipped", [], []), "before": error_in(before)})
+                    continue
                 run = runner.submit(cell)
                 await run.done.wait()
-                self.rows.append(row(cell.id, run.state, before, run.outputs.render()))
-                if run.state != "done" and "raises-exception" not in cell.data["metadata"].get("tags", []):
+                after = run.outputs.render()
+                self.rows.append(row(cell.id, run.state, before, after))
+                is_expected = run.state == "failed" and error_in(before) == error_in(after)
+                is_expected |= "raises-exception" in cell.data["metadata"].get("tags", [])
+                if run.state != "done" and not is_expected:
                     self.state = "failed"
                     return
             self.state = "done"
@@ -54,7 +64,7 @@ class Replay:
 
     def facts(self) -> dict[str, Any]:
         """How far it is, and what differed."""
-        ran = [row["cell_id"] for row in self.rows]
+        ran = [row["cell_id"] for row in self.rows if row["state"] != "skipped"]
         changed = [row for row in self.rows if row["changed"]]
         return {"state": self.state, "total": self.total, "ran": ran, "rows": self.rows, "changed": len(changed)}
 
@@ -71,6 +81,11 @@ def row(cell_id: str, state: str, before: list[Output], after: list[Output]) -> 
         place = min(len(old_lines), len(new_lines))
     shown = [lines[place][:EXCERPT_CHARS] if place < len(lines) else "(nothing)" for lines in (old_lines, new_lines)]
     return {**found, "before": shown[0], "after": shown[1]}
+
+
+def error_in(outputs: list[Output]) -> str:
+    """Name of the error that a cell's outputs show; empty if none."""
+    return next((str(output["ename"]) for output in outputs if output["output_type"] == "error"), "")
 
 
 def described(outputs: list[Output]) -> list[str]:

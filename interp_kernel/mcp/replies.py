@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ TEXT_BYTES = 15_000
 FACTS_BYTES = 3_500
 """Text in the content, which readers of it see, and in the facts, which some clients show instead: 20 kB together."""
 OUTLINE_CHARS = 100
-MAX_ROWS = 50
+MAX_ROWS = {"outline": 50, "cells": 20}
+"""Cells that one answer shows at most."""
+HEAD_BYTES = 100
 
 
 @dataclass
@@ -46,6 +49,17 @@ def within(lines: list[str]) -> str:
         shown += 1
     left_out = [f"... {len(lines) - shown} more lines"] if shown < len(lines) else []
     return "\n".join([*lines[:shown], *left_out])
+
+
+def newest(rows: list[Facts]) -> list[Facts]:
+    """As many of the last rows as facts may hold."""
+    room, kept = FACTS_BYTES, 0
+    for row in reversed(rows):
+        room -= len(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+        if room < 0:
+            break
+        kept += 1
+    return rows[len(rows) - kept :]
 
 
 def session_facts(facts: Facts) -> Facts:
@@ -88,7 +102,9 @@ async def cell_answer(facts: Facts) -> Answer:
 def cell_line(facts: Facts) -> str:
     """A cell's state in a line."""
     count = facts["execution_count"]
-    words = [f"session {facts['session_id']}", f"cell {facts['cell_id']}", facts["state"]]
+    is_code = facts.get("cell_type", "code") == "code"
+    words = [f"session {facts['session_id']}", f"cell {facts['cell_id']}"]
+    words.append(facts["state"] if is_code else facts["cell_type"])
     if facts["state"] not in ("not run here", "queued", "cancelled"):
         words.append(f"{facts['seconds']:.2f} s")
     return f"[{' | '.join([*words, *([f'In[{count}]'] if count else [])])}]"
@@ -100,7 +116,9 @@ def replay_answer(facts: Facts) -> Answer:
     counts = f"{len(replay['ran'])} of {replay['total']} code cells ran | {replay['changed']} with other outputs"
     lines = [f"[{replay['state']} | {counts}]"]
     for row in replay["rows"]:
-        if row["changed"]:
+        if row["state"] == "skipped":
+            lines.append(f"cell {row['cell_id']} (skipped): it ended with {row['before']} and might again")
+        elif row["changed"]:
             lines.append(f"cell {row['cell_id']} ({row['state']}): was {row['before']!r}, is now {row['after']!r}")
         elif row["state"] != "done":
             lines.append(f"cell {row['cell_id']} ({row['state']}): as before")
@@ -109,7 +127,7 @@ def replay_answer(facts: Facts) -> Answer:
     if replay["state"] == "running":
         lines.append("It goes on in the background. Follow it with wait, without a cell_id.")
     text = within([*lines, session_line(facts)])
-    told = {**replay, "rows": replay["rows"][-MAX_ROWS:]}
+    told = {**replay, "rows": newest(replay["rows"])}
     return Answer([text_block(text), *notes(facts)], {**session_facts(facts), "replay": told})
 
 
@@ -117,21 +135,41 @@ def outline(facts: Facts) -> str:
     """A line per cell."""
     lines = [session_line(facts)]
     for row in facts["rows"]:
-        first = next((line for line in row["source"].splitlines() if line.strip()), "")[:OUTLINE_CHARS]
-        lines.append(f"{row['index']:>3} {row['cell_id']} {row['cell_type']:<8} {row['state']:<11} {first}")
-    if (after := facts["start"] + len(facts["rows"])) < facts["cells"]:
-        lines.append(f"... {facts['cells'] - after} more cells: read_notebook(start={after})")
-    return "\n".join(lines)
+        state = row["state"] if row["cell_type"] == "code" else ""
+        lines.append(
+            f"{row['index']:>3} {row['cell_id']} {row['cell_type']:<8} {state:<12} {first_line(row['source'])}"
+        )
+    return "\n".join([within(lines), *more_cells(facts)])
+
+
+def first_line(source: str) -> str:
+    """What a cell is about: its first line, and the next one after a magic of the whole cell."""
+    lines = [line for line in source.splitlines() if line.strip()]
+    shown = lines[: 2 if lines and lines[0].startswith("%%") else 1]
+    return "  ".join(shown)[:OUTLINE_CHARS]
+
+
+def more_cells(facts: Facts) -> list[str]:
+    """That there are more cells than are shown, and how to read them."""
+    after = facts["start"] + len(facts["rows"])
+    return [f"... {facts['cells'] - after} more cells: read_notebook(start={after})"] if after < facts["cells"] else []
 
 
 async def cells(facts: Facts) -> list[Block]:
-    """Sources and outputs, of which each cell may take its share of the answer's bytes."""
+    """Sources and outputs; where the answer can't hold all of them, the longest are cut."""
     rows = facts["rows"]
-    share = max(300, TEXT_BYTES // max(1, 2 * len(rows)))
+    texts = [part for row in rows for part in (row["source"], answers.text_of(row["outputs"]))]
+    overhead = HEAD_BYTES + 3 * answers.NOTICE_BYTES
+    level = answers.shared([len(text.encode()) for text in texts], TEXT_BYTES - overhead * len(rows))
     blocks = [text_block(session_line(facts))]
     for row in rows:
-        head = f"[{row['index']} | cell {row['cell_id']} | {row['cell_type']} | {row['state']}]"
-        source = answers.cut(row["source"], share, row["cell_id"])
-        shown = await asyncio.to_thread(answers.render, row["outputs"], cell_id=row["cell_id"], limit=share)
-        blocks += [text_block(f"{head}\n{source}"), *shown]
-    return blocks
+        state = f" | {row['state']}" if row["cell_type"] == "code" else ""
+        rest = f"read_notebook(view='cells', start={row['index']}, limit=1) shows more"
+        source = answers.cut(row["source"], level, row["cell_id"], rest=rest)
+        limit = level + 2 * answers.NOTICE_BYTES
+        shown = await asyncio.to_thread(answers.render, row["outputs"], cell_id=row["cell_id"], limit=limit)
+        blocks += [
+            text_block(f"[{row['index']} | cell {row['cell_id']} | {row['cell_type']}{state}]\n{source}"),
+            *shown,
+        ]
+    return [*blocks, *map(text_block, more_cells(facts))]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from interp_kernel.errors import SessionError
+from interp_kernel.mcp.compact import WIDGET
 from interp_kernel.mcp.document import Cell, Document
 from interp_kernel.mcp.kernels import Kernel, Message
 from interp_kernel.mcp.log import AttemptLog, RunText
@@ -356,9 +357,20 @@ class Runner:
 
 
 def comparable(outputs: list[Output]) -> list[Output]:
-    """Outputs without what differs between two equal runs: counts, metadata and addresses in memory."""
+    """Outputs without what differs between two equal runs: counts, metadata, progress, addresses and load times."""
     kept = []
     for output in outputs:
+        if is_progress(output):
+            continue
         fields = {name: value for name, value in output.items() if name not in ("metadata", "execution_count")}
-        kept.append(json.loads(re.sub(r"\b0x[0-9a-f]{6,}\b", "0x", json.dumps(fields))))
+        text = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x", json.dumps(fields))
+        text = re.sub(r"'load_s': [\d.]+", "'load_s'", text)  # of client.model_info()
+        kept.append(json.loads(re.sub(r"\[\d+:\d+<[^\]\"]*\]", "[]", text)))  # of tqdm
     return kept
+
+
+def is_progress(output: Output) -> bool:
+    """Whether an output says how a run got on, and nothing of what came out: a bar, a load, a widget."""
+    data = output.get("data", {})
+    html = str(data.get("text/html", ""))
+    return WIDGET in data or "<progress " in html or bool(re.fullmatch(r"<code>\S+ loaded in [\d.]+ s</code>", html))

@@ -107,9 +107,10 @@ class Server(mcp.server.lowlevel.Server[Any, Any]):
         """Answer a tool call; what is refused is an error of the tool, in words."""
         if name not in self.tools:
             return _refusal(f"There is no tool {name!r}. Those that there are: {', '.join(self.tools)}.")
-        faults = [error.message for error in self.validators[name].iter_errors(arguments)]
+        faults = [": ".join([*error.path, error.message]) for error in self.validators[name].iter_errors(arguments)]
         if faults:
-            return _refusal(f"The arguments of {name} are not right: {'; '.join(faults)}.")
+            takes = ", ".join(self.tools[name].inputSchema["properties"]) or "none"
+            return _refusal(f"The arguments of {name} are not right: {'; '.join(faults)}. It takes: {takes}.")
         request = self.request_context
         tools = Tools(self.settings, self._progress(request))
         try:

@@ -96,7 +96,7 @@ class Session:
 
     async def info(self) -> Facts:
         """The session in facts; its news are left for whoever works in it."""
-        return self.facts(self.standing())
+        return {**self.facts(self.standing()), "is_taken": self.runner.kernel.is_taken}
 
     def facts(self, notes: list[str] | None = None) -> Facts:
         """The session in facts."""

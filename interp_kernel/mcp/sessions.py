@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,27 @@ def lock() -> Iterator[None]:
 
 def known() -> list[Facts]:
     """What the keepers that live have left in their folders; what dead ones left is cleared away, kernels too."""
-    from interp_kernel.backends.local import private_folder, process_exists, read_json
+    from interp_kernel.backends.local import private_folder, read_json
 
     found = []
     for folder in sorted(path for path in root().iterdir() if path.is_dir()):
         facts = read_json(folder / "session.json")
-        if facts and process_exists(facts["pid"]):
+        if facts and is_kept(folder, facts["pid"]):
             if not (folder / ENDING).exists():
                 found.append(facts)
-        elif facts or time.time() - folder.stat().st_mtime > YOUNG_S:
-            clear(private_folder(folder))
+            continue
+        with suppress(FileNotFoundError):  # its keeper has taken it away meanwhile
+            if facts or time.time() - folder.stat().st_mtime > YOUNG_S:
+                clear(private_folder(folder))
     return found
+
+
+def is_kept(folder: Path, pid: int) -> bool:
+    """Whether a session's keeper lives; since it ended, after a reboot above all, its id may be another process's."""
+    try:
+        return os.fsencode(folder) in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def clear(folder: Path) -> None:
@@ -114,12 +124,12 @@ def start(notebook: Path, *, how: str, is_new: bool, idle_window_s: float, **mor
 
 def wait_for_ends() -> None:
     """Wait for sessions that are ending, of which one may be about to write the same notebook."""
-    from interp_kernel.backends.local import process_exists, read_json
+    from interp_kernel.backends.local import read_json
 
     deadline = time.monotonic() + END_S
     for ending in root().glob(f"*/{ENDING}"):
         facts = read_json(ending.with_name("session.json"))
-        while facts and process_exists(facts["pid"]) and time.monotonic() < deadline:
+        while facts and is_kept(ending.parent, facts["pid"]) and time.monotonic() < deadline:
             time.sleep(0.01)
 
 

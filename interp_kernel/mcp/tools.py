@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from interp_kernel.errors import InterpError, SessionError
 from interp_kernel.mcp import answers, confine, sessions
 from interp_kernel.mcp.replies import (
     FACTS_BYTES,
+    MAX_ROWS,
     TEXT_BYTES,
     Answer,
     Facts,
@@ -96,7 +98,8 @@ class Tools:
             rerun: False leaves the fresh kernel empty instead of running the copied code cells in it.
         """
         path = await asyncio.to_thread(confine.notebook_path, notebook_path, self._settings.workspace, exists=True)
-        with self._new_file(experiment_name or f"{path.stem} continued") as copy:
+        name = re.sub(r"^\d{4}(-\d\d){4}_", "", path.stem)  # the copy's name begins with its own date
+        with self._new_file(experiment_name or f"{name} continued") as copy:
             copy.write_bytes(path.read_bytes())
             return await self._reopened(copy, f"continued from {path.name}", rerun)
 
@@ -280,8 +283,9 @@ class Tools:
             session_id: The session.
             view: `outline` has a line per cell; `cells` has sources and outputs.
             start: Index of the first cell to show.
-            limit: How many cells to show.
+            limit: How many cells to show; 50 lines or 20 whole cells at most.
         """
+        limit = min(limit, MAX_ROWS[view])
         facts = await self._ask(session_id, "read", start=start, limit=limit, outputs=view == "cells")
         blocks = [text_block(outline(facts))] if view == "outline" else await cells(facts)
         rows = [{name: row[name] for name in ("index", "cell_id", "cell_type", "state")} for row in facts["rows"]]
@@ -349,7 +353,8 @@ class Tools:
 
     async def run_all(self, session_id: str, wait_s: float = WAIT_S) -> Answer:
         """Restart the kernel and run every code cell in order, and see which outputs changed: does the notebook
-        reproduce what it shows? The first cell that fails ends it. One that outlasts wait_s goes on; `wait` follows it.
+        reproduce what it shows? A cell that failed before may fail again in the same way; another failure ends it.
+        Cells that were stopped before are skipped. One that outlasts wait_s goes on; `wait` follows it.
 
         Args:
             session_id: The session.
@@ -393,6 +398,8 @@ class Tools:
         facts = await self._open(path, how=how, is_new=False)
         if facts["is_live"]:
             facts["notes"].insert(0, "A session of this notebook was alive and is taken over; nothing was run again.")
+        elif facts["is_taken"]:
+            facts["notes"].insert(0, f"{facts['jupyter_url']} has a kernel of this notebook; nothing was run again.")
         elif rerun:
             facts["notes"] += await asyncio.to_thread(_warm_workers)
             ran = await self._ask(facts["session_id"], "run_all", self._progress, wait_s=WAIT_S, fresh=False)

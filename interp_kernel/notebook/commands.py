@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp_kernel.notebook.schemas import import_nbformat
+
 if TYPE_CHECKING:
     from interp_kernel.notebook.run import RunResult
 
@@ -106,7 +108,7 @@ def run_one(arguments: argparse.Namespace) -> int:
     """`interp-kernel run`: progress on stderr, the result as one line of JSON on stdout."""
     from interp_kernel.notebook.run import run_notebook
 
-    _quiet_papermill()
+    _prepare()
     output = arguments.output or Path("out")
     if output.suffix != ".ipynb":
         output /= arguments.notebook.name
@@ -119,8 +121,9 @@ def run_one(arguments: argparse.Namespace) -> int:
 
 def run_batch(arguments: argparse.Namespace) -> int:
     """`interp-kernel batch`: progress on stderr, the outcome as one line of JSON on stdout."""
-    from interp_kernel.notebook.batch import command
+    from interp_kernel.notebook.batch.batch import command
 
+    import_nbformat()
     return command(arguments)
 
 
@@ -129,7 +132,7 @@ def run_reproduce(arguments: argparse.Namespace) -> int:
     from interp_kernel.notebook.compare import Tolerance
     from interp_kernel.notebook.reproduce import reproduce
 
-    _quiet_papermill()
+    _prepare()
     output = arguments.output or Path("out", "reproduced")
     if output.suffix != ".ipynb":
         output /= arguments.notebook.name
@@ -152,7 +155,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     from interp_kernel.kernelspec import notebook_folder
     from interp_kernel.notebook.run import run_notebook
 
-    _quiet_papermill()
+    _prepare()
     folder = arguments.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     print("Running the quickstart notebook on the demo model; the first remote cell starts the worker.", flush=True)
@@ -171,6 +174,7 @@ def check_notebooks(arguments: argparse.Namespace) -> int:
     """`interp-kernel check`."""
     from interp_kernel.notebook.checks import report
 
+    import_nbformat()
     verdicts = [report(path, _values(arguments, path), fix=arguments.fix) for path in arguments.notebooks]
     return 0 if all(verdicts) else 1
 
@@ -234,10 +238,11 @@ def _in_words(value: Any) -> str:
     return ", ".join(f"{name} {part}" for name, part in parts.items())
 
 
-def _quiet_papermill() -> None:
+def _prepare() -> None:
     """What went wrong is told once, by us; papermill's log would tell it in other words."""
     import logging
 
+    import_nbformat()
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
 
 

@@ -57,7 +57,7 @@ class Change:
     is_close: bool = False
 
     def __str__(self) -> str:
-        before, after = ("nothing" if value is None else repr(value) for value in (self.before, self.after))
+        before, after = ("nothing" if v is None else repr(v).removesuffix(".0") for v in (self.before, self.after))
         return f"{self.where}: {before} -> {after}"
 
 

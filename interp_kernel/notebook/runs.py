@@ -201,7 +201,7 @@ def _cell(cell: Mapping[str, Any]) -> tuple[str, ...]:
         cell["status"],
         f"{cell.get('seconds') or 0:.3g}",
         str(len(calls) or ""),
-        str(sum(bool(call.get("is_cold")) for call in calls) or ""),
+        str(sum(bool(call.get("is_cold")) for call in calls)) if calls else "",
         *(total(name) for name in ("load_s", "queue_s", "run_s", "transfer_s")),
         *(f"{total(name, 1e6)} MB" if calls else "" for name in ("sent_bytes", "received_bytes")),
     )

@@ -19,11 +19,11 @@ from types import FrameType
 from typing import Any
 
 from interp_kernel.notebook import provenance
-from interp_kernel.notebook.board import Board
-from interp_kernel.notebook.estimate import describe_plan, price_of
-from interp_kernel.notebook.launch import Launcher, launched
-from interp_kernel.notebook.resume import HISTORY, attempts, choose, end_of_lost, locked, settle, weights_now
-from interp_kernel.notebook.study import Run, Study, plan, read_study
+from interp_kernel.notebook.batch.board import Board
+from interp_kernel.notebook.batch.estimate import describe_plan, price_of
+from interp_kernel.notebook.batch.launch import Launcher, launched
+from interp_kernel.notebook.batch.resume import HISTORY, attempts, choose, end_of_lost, locked, settle, weights_now
+from interp_kernel.notebook.batch.study import Run, Study, plan, read_study
 
 TICK_S = 0.2
 INTERRUPTED = 130
@@ -105,8 +105,9 @@ def run_batch(study: Study, *, resume: bool = False, only_failed: bool = False) 
 
 
 def write_plan(study: Study, runs: list[Run]) -> None:
-    """Leave what was asked for beside the results: `study.yaml`, and a line of `plan.jsonl` for each run."""
-    text = json.dumps({**study.to_json(), "plan": len(runs)}, indent=2, ensure_ascii=False)
+    """Leave beside the results a line of `plan.jsonl` for each run, and a `study.yaml` that goes on from there."""
+    here = {"notebooks": [str(Path(text).resolve()) for text in study.notebooks], "output": "."}
+    text = json.dumps({**study.to_json(), **here}, indent=2, ensure_ascii=False)
     lines = [json.dumps({**vars(run), "output": run.output}, default=str) for run in runs]
     for name, content in (("study.yaml", text), ("plan.jsonl", "\n".join(lines))):
         scratch = study.folder / f".{name}.tmp"
@@ -185,8 +186,9 @@ class Batch:
                 self._heeded = len(self.signals)
                 self.waiting.clear()
                 launcher.send({"signal": self.signals[-1]})
-                again = "" if len(self.signals) > 1 else " Once more kills kernels that do not end."
-                self.board.say(f"Stopping; the notebooks that run are saved.{again}")
+                is_first = len(self.signals) == 1
+                what = "Stopping; once more kills kernels that do not end." if is_first else "Killing the kernels."
+                self.board.say(f"{what} The notebooks that run are saved.")
             self.board.refresh()
 
     def fill(self, launcher: Launcher) -> None:
@@ -321,7 +323,7 @@ def signals_counted(signals: list[int]) -> Iterator[None]:
 
 def write_report(folder: Path) -> str | None:
     """The page about the batch; what fails here must not hide how the batch went."""
-    from interp_kernel.notebook.batch_report import write_report as write
+    from interp_kernel.notebook.batch.report import write_report as write
 
     try:
         return str(write(folder))

@@ -16,7 +16,7 @@ from typing import Any
 from interp_kernel.backends.local import process_exists
 from interp_kernel.errors import NotebookError, SpecError
 from interp_kernel.notebook import provenance
-from interp_kernel.notebook.study import Run, Study
+from interp_kernel.notebook.batch.study import Run, Study
 
 ENDING_S, LOOK_S = 30.0, 0.2
 HISTORY = ("attempt", "status", "ename", "evalue", "failed_cell", "started", "seconds")

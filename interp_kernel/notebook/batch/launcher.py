@@ -31,16 +31,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nbformat
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from interp_kernel.notebook.schemas import import_nbformat
+
+import_nbformat()
 
 # What every run needs, imported before the first fork.
-import interp_kernel.notebook.metrics
-import interp_kernel.notebook.runner  # noqa: F401
-from interp_kernel.notebook.checks import read_notebook
-from interp_kernel.notebook.provenance import environment
-from interp_kernel.notebook.report import write_html
-from interp_kernel.notebook.run import run_notebook
+import nbformat  # noqa: E402
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook  # noqa: E402
+
+import interp_kernel.notebook.metrics  # noqa: E402
+import interp_kernel.notebook.runner  # noqa: E402, F401
+from interp_kernel.notebook.checks import read_notebook  # noqa: E402
+from interp_kernel.notebook.provenance import environment  # noqa: E402
+from interp_kernel.notebook.report import write_html  # noqa: E402
+from interp_kernel.notebook.run import run_notebook  # noqa: E402
 
 PR_SET_PDEATHSIG = 1
 STOPS = (signal.SIGINT, signal.SIGTERM)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from interp_kernel.notebook.batch_charts import Chart, draw_metric, identity, shorten
+from interp_kernel.notebook.batch.charts import Chart, draw_metric, identity, shorten
 from interp_kernel.notebook.metrics import number
 
 INDEX, SUMMARY = "index.html", "report.md"
@@ -22,6 +24,7 @@ FIGURES_PER_RUN, MAX_FIGURES = 3, 2000
 LISTED_RUNS = 20
 MD_LISTED_RUNS, MD_ROWS, MD_TRACEBACK_LINES = 10, 200, 6
 REASON_CHARS = 600
+NUMBERS = re.compile(r"0x[0-9a-fA-F]+|\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 COMPLETED, NOT_BEGUN = "completed", "not begun"
 WORDS = {
     "failed": "a cell raised",
@@ -37,7 +40,7 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class FailureGroup:
-    """Runs that ended the same way in the same cell of the same notebook."""
+    """Runs that ended the same way in the same cell of the same notebook; `evalue` is what the first of them said."""
 
     status: str
     notebook: str
@@ -52,6 +55,12 @@ class FailureGroup:
     def title(self) -> str:
         """What ended them, in a few words."""
         return f"{len(self.runs)} x {self.ename or self.status}"
+
+    @property
+    def reason(self) -> str:
+        """The message; others of the group may have other numbers in it."""
+        is_same = all(clip(run.get("evalue") or "") == self.evalue for run in self.runs)
+        return self.evalue if is_same else f"{self.evalue} (and so on, with other numbers)"
 
     @property
     def place(self) -> str:
@@ -94,7 +103,8 @@ class Report:
     def fixed(self) -> Facts:
         """Values that all runs share."""
         values = self.runs[0]["values"] if self.runs else {}
-        return {name: value for name, value in values.items() if name not in (*self.varied, "repeat")}
+        left_out = (*self.varied, "repeat")
+        return {name: value for name, value in values.items() if name not in left_out and value is not None}
 
     @cached_property
     def metrics(self) -> list[str]:
@@ -107,10 +117,11 @@ class Report:
         groups: dict[tuple[Any, ...], FailureGroup] = {}
         for run in self.runs:
             if run["status"] not in (COMPLETED, NOT_BEGUN):
-                reason = run.get("ename") or "", clip(run.get("evalue") or "")
-                key = (run["status"], run["notebook"], run.get("failed_cell"), *reason)
+                place = run["status"], run["values"]["notebook"], run.get("failed_cell"), run.get("ename") or ""
+                reason = clip(run.get("evalue") or "")
                 more = run.get("failed_cell_id") or "", tuple(run.get("traceback") or ())
-                groups.setdefault(key, FailureGroup(*key, *more, [])).runs.append(run)
+                alike = *place, clip(NUMBERS.sub("0", run.get("evalue") or ""))
+                groups.setdefault(alike, FailureGroup(*place, reason, *more, [])).runs.append(run)
         return sorted(groups.values(), key=lambda group: -len(group.runs))
 
     @cached_property
@@ -130,7 +141,7 @@ class Report:
         names = dict.fromkeys(str(worker.get("model_name")) for worker in workers.values())
         commits = dict.fromkeys(_commit(run["git"]) for run in self.runs if run.get("git"))
         return [
-            f"{duration(wall(self.runs))} for {duration(spent)} of runs",
+            f"{duration(wall(self.runs))} from first to last, {duration(spent)} in runs",
             *([f"{plural(len(workers), 'worker')} with {', '.join(names)}"] if workers else []),
             *([plural(retries, "attempt") + " begun anew"] if retries else []),
             *([f"cost about {cost:.2f}"] if cost else []),
@@ -141,6 +152,11 @@ class Report:
     def is_complete(self) -> bool:
         """Whether every planned run completed."""
         return set(self.counts) <= {COMPLETED}
+
+    @property
+    def go_on(self) -> str:
+        """The command that runs what is missing."""
+        return f"interp-kernel batch {shlex.quote(str(self.folder / 'study.yaml'))} --resume"
 
     def describe(self, run: Facts) -> str:
         """What sets a run apart from the others."""
@@ -207,7 +223,7 @@ def _read_study(folder: Path) -> Facts:
 
 
 def _figures(notebook: Path, limit: int) -> list[tuple[str, str]]:
-    from interp_kernel.notebook.thumbnails import thumbnails
+    from interp_kernel.notebook.batch.thumbnails import thumbnails
 
     try:
         return list(thumbnails(json.loads(notebook.read_text(encoding="utf-8")), limit))
@@ -226,7 +242,7 @@ def page(report: Report) -> str:
     """The batch as one page."""
     from jinja2 import Environment, PackageLoader
 
-    loader = PackageLoader("interp_kernel.notebook")
+    loader = PackageLoader("interp_kernel.notebook.batch")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"shown": shown, "sort_key": sort_key}
     return environment.get_template("batch.html.j2").render(report=report, listed=LISTED_RUNS)
@@ -250,13 +266,13 @@ def markdown(report: Report) -> str:
         lines += _failure_lines(report, group)
     lines += [*_table_lines(report), "", "Every record in full: runs.jsonl; the last line of a key counts."]
     if not report.is_complete:
-        lines.append(f"To go on: interp-kernel batch {report.folder / 'study.yaml'} --resume")
+        lines.append(f"To go on: {report.go_on}")
     return "\n".join(lines) + "\n"
 
 
 def _failure_lines(report: Report, group: FailureGroup) -> list[str]:
     name = f" ({group.cell_id})" if group.cell_id else ""
-    lines = [f"## {group.title}: {group.place}{name}", "", group.evalue, ""]
+    lines = [f"## {group.title}: {group.place}{name}", "", group.reason, ""]
     lines += ["```", *group.traceback[-MD_TRACEBACK_LINES:], "```", ""] if group.traceback else []
     lines += [f"- {report.describe(run)}: {run['output']}" for run in group.runs[:MD_LISTED_RUNS]]
     more = len(group.runs) - MD_LISTED_RUNS

@@ -247,7 +247,7 @@ def study_of_python(path: Path) -> dict[str, Any]:
 
 def study_of_yaml(path: Path, text: str) -> dict[str, Any]:
     """The fields of a YAML text, each checked where its line is known."""
-    from interp_kernel.notebook.yaml12 import LineError, entries
+    from interp_kernel.notebook.batch.yaml12 import LineError, entries
 
     fields: dict[str, Any] = {}
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_kernel.notebook import provenance
-from interp_kernel.notebook.study import Run, Study
+from interp_kernel.notebook.batch.study import Run, Study
 
 
 def describe_plan(study: Study, runs: list[Run], todo: list[Run]) -> Iterator[str]:
@@ -32,11 +32,11 @@ def estimate(study: Study, todo: Iterable[Run]) -> Iterator[str]:
     known = defaultdict(list)
     for record in provenance.read_attempts(study.folder, ("status", "notebook", "seconds")):
         if record["status"] == "completed":
-            known[record["notebook"]].append(record["seconds"])
+            known[Path(record["notebook"]).resolve()].append(record["seconds"])
     todo, total = list(todo), 0.0
     containers: dict[str, float] = defaultdict(float)
     for run in todo:
-        seconds = statistics.median(known[str(run.notebook)] or taken_before(run.notebook) or [0.0])
+        seconds = statistics.median(known[run.notebook.resolve()] or taken_before(run.notebook) or [0.0])
         total += seconds
         if (price := price_of(run.model, None)) is not None:
             containers[f"{price['gpu'] or 'no GPU'} ({price['price_class'] or 'price as it comes'})"] += seconds

@@ -32,7 +32,7 @@ class Launcher:
         self.has_ended, self._rest = False, b""
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "interp_kernel.notebook.launcher"],
+                [sys.executable, "-m", "interp_kernel.notebook.batch.launcher"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
