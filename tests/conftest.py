@@ -67,6 +67,12 @@ def no_process_outlives_the_session(pytestconfig: pytest.Config) -> Iterator[Non
     assert not leaked, "These processes outlived the tests that started them:\n" + "\n".join(leaked)
 
 
+@pytest.fixture(scope="module")
+def no_warm_worker() -> None:
+    """For modules that count loads or clients: what earlier modules have left warm is ended first."""
+    stop_workers()
+
+
 def stop_workers() -> None:
     """End every warm worker of this session's runtime folder."""
     from interp_kernel.backends.local import list_workers, stop_worker
