@@ -248,6 +248,30 @@ def test_kernel_that_does_not_answer_is_told(opened: Agent) -> None:
     assert opened.ok("1") == "1"
 
 
+SWALLOWS = """
+session = get_ipython().kernel.session
+send, lost = session.send, {lost!r}
+
+def swallow(stream, message, content=None, *rest, **options):
+    kind = message["header"]["msg_type"] if isinstance(message, dict) else message
+    if kind == lost and (kind != "status" or content["execution_state"] == "idle"):
+        session.send = send
+        return None
+    return send(stream, message, content, *rest, **options)
+
+session.send = swallow
+'kept'
+"""
+
+
+@pytest.mark.parametrize("lost", ["execute_reply", "status"])
+def test_end_of_a_cell_that_gets_lost_is_found(lost: str, opened: Agent) -> None:
+    facts = opened.run(SWALLOWS.format(lost=lost), wait_s=30)
+    assert (facts["state"], facts["text"]) == ("done", "'kept'")
+    assert any("did not arrive" in note for note in facts["notes"])
+    assert opened.ok("1") == "1"
+
+
 def test_queued_cell_can_be_taken_out(opened: Agent, gate: Gate, tmp_path: Path) -> None:
     running = opened.begin_cell(gate.code)
     gate.wait()

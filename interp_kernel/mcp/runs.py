@@ -21,6 +21,8 @@ from interp_kernel.mcp.mask import Mask
 from interp_kernel.mcp.outputs import Output, Outputs
 
 TICK_S = 0.1
+SILENT_S = 2.0  # then the kernel is asked for a sign, which it gives once the cell has ended
+LOST_S = 1.0  # after that sign; by then the end of the cell would have come
 SAVE_EVERY_S = 1.0
 SAVE_SHARE = 20
 """Between two saves in mid-cell lies at least this many times the duration of the last."""
@@ -50,6 +52,9 @@ class Run:
     reply: dict[str, Any] | None = None
     is_idle: bool = False
     is_stopped: bool = False
+    heard: float = 0.0
+    sign_id: str = ""
+    sign: float | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
     def elapsed_s(self) -> float:
@@ -189,6 +194,7 @@ class Runner:
             return
         run = self.current = self.waiting.popleft()
         run.state, run.started = "running", time.monotonic()
+        run.heard = run.started
         self._show(run)
         self.save()
         content = {"code": run.source, "silent": False, "store_history": True, "user_expressions": {}}
@@ -295,9 +301,12 @@ class Runner:
         parent = message.get("parent_header", {}).get("msg_id", "")
         if kind == "execute_reply" and (asked := self._asked.get(parent)) is not None and not asked.done():
             asked.set_result(content)
+        if self.current is not None and kind == "kernel_info_reply" and parent == self.current.sign_id:
+            self.current.sign = time.monotonic()
         run = self._by_message.get(parent)
         if run is None:
             return
+        run.heard = time.monotonic()
         if kind == "execute_reply":
             run.reply = content
         elif kind == "status":
@@ -326,10 +335,28 @@ class Runner:
             if run is not None and run.timeout_s and not run.is_stopped and run.elapsed_s() > run.timeout_s:
                 run.notes.append(f"It ran longer than its timeout_s of {run.timeout_s:g} and was interrupted.")
                 await self.interrupt(run.cell_id)
+            if run is not None and run is self.current:
+                self._look_for_a_lost_end(run)
             if why := self.kernel.why_ended():
                 await asyncio.sleep(TICK_S)  # what it sent last is read first
                 self._died(why)
                 return
+
+    def _look_for_a_lost_end(self, run: Run) -> None:
+        """Finish a run whose reply or idle status was lost, as when the cell itself, or a suspended kernel, drops one.
+
+        A kernel answers on one channel in order: what it is asked after the cell it answers after the cell.
+        """
+        now = time.monotonic()
+        if not run.sign_id and now - run.heard > SILENT_S:
+            run.sign_id = self.kernel.send("kernel_info_request", {})
+        if run.sign is None or now - run.sign < LOST_S:
+            return
+        if run.reply is None:
+            error = next((output for output in run.outputs.render() if output["output_type"] == "error"), None)
+            run.reply = {"execution_count": run.count, "status": "ok" if error is None else "error", **(error or {})}
+        run.notes.append("The kernel's word that the cell had ended did not arrive; it has ended, for it answers.")
+        self._finish(run, self._how_it_ended(run))
 
     def _died(self, why: str) -> None:
         lost = f"; the variables that its {self.cells_run} cells made are gone, and a warm worker keeps its model"
