@@ -196,8 +196,9 @@ def test_two_kernels_share_one_worker_and_no_output_crosses(nb: Notebook, tmp_pa
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Notebook]:
-    """A kernel whose worker is its own: no other test asks for this dtype."""
-    with notebook(tmp_path, INTERP_MODEL=json.dumps({"model": "demo", "dtype": "float64"})) as kernel:
+    """A kernel whose worker is its own: no other test asks for such a model."""
+    options = {"model": "demo", "dtype": "float64", "attn_implementation": "eager"}
+    with notebook(tmp_path, INTERP_MODEL=json.dumps(options)) as kernel:
         yield kernel
         kernel.run("%remote stop")
 
