@@ -39,7 +39,9 @@ NOBODY = 65534
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="Only root can act as another user.")
 
 
-OWN = WorkerSpec(model_name=DEMO, dtype="float64")  # a worker of this module alone, which its tests end
+OWN = WorkerSpec(
+    model_name=DEMO, dtype="float64", attn_implementation="sdpa"
+)  # a worker of this module alone, which its tests end
 
 
 @pytest.fixture

@@ -31,6 +31,8 @@ from tests.helpers_lab import lab_server, write_notebook
 from tests.helpers_mcp import call, read
 from tests.helpers_worker import wait_until
 
+pytestmark = pytest.mark.soak  # too slow and too tight for a loaded CI
+
 FIRST_ANSWER_S = 1.0
 
 
