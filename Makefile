@@ -13,7 +13,7 @@ demo: $(READY)
 
 test: $(READY) chromium
 	@echo -n "ruff:   "; $(BIN)/ruff check .
-	@echo -n "mypy:   "; $(BIN)/mypy
+	@echo -n "mypy:   "; $(BIN)/mypy -n 2
 	@echo "pytest:"; $(BIN)/pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
 
 soak: $(READY)
@@ -29,7 +29,7 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python %d.%d was found as \"$(PYTHON)\"; 3.11 or newer is needed. Name one with: make PYTHON=python3.12" % sys.version_info[:2])'
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making .venv ..."; $(PYTHON) -m venv --clear .venv; }
 	@echo "Installing $$(grep -c == requirements.lock) pinned packages into .venv (a minute or two, 2 GB) ..."
-	@$(PIP) install -r requirements.lock
+	@$(PIP) install --no-compile -r requirements.lock
 	@echo "Installing interp-kernel ..."
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@

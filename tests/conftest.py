@@ -7,9 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from interp_kernel.backends.local import WorkerStatus
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -67,19 +71,22 @@ def no_process_outlives_the_session(pytestconfig: pytest.Config) -> Iterator[Non
     assert not leaked, "These processes outlived the tests that started them:\n" + "\n".join(leaked)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def no_warm_worker() -> None:
-    """For modules that count loads or clients: what earlier modules have left warm is ended first."""
-    stop_workers()
+    """Each module begins without a worker or a trace of one: what it sees never depends on the modules before it."""
+    for worker in stop_workers():
+        shutil.rmtree(worker.folder)
 
 
-def stop_workers() -> None:
-    """End every warm worker of this session's runtime folder."""
+def stop_workers() -> list[WorkerStatus]:
+    """End every warm worker of this session's runtime folder; all that there were, dead ones too."""
     from interp_kernel.backends.local import list_workers, stop_worker
 
-    for worker in list_workers():
+    workers = list_workers()
+    for worker in workers:
         if worker.state != "dead":
             stop_worker(worker.key)
+    return workers
 
 
 def processes_of(runtime: str) -> list[psutil.Process]:

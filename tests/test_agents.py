@@ -29,8 +29,6 @@ from tests.agents.studies import HEADS_STUDY, HEADS_TASK, HOSTILE_STUDY, Call, T
 from tests.helpers_mcp import read, server
 from tests.helpers_worker import wait_until
 
-pytestmark = pytest.mark.soak  # too slow and too tight for a loaded CI
-
 KEY = "sk-for-the-endpoint-alone"
 BEGIN = say("", "start_new_session", experiment_name="loop")
 END = say("", "shutdown_session", session_id="$session")

@@ -409,7 +409,7 @@ def test_prepared_session_has_a_client_and_knows_how_to_work(made: Agent) -> Non
     assert cells(path)[0]["source"].splitlines()[0] == "from interp_kernel import InterpClient"
     made.shutdown()
     resumed = made.read("start_session_resume_notebook", notebook_path=path.name)
-    assert "Note: A worker with demo is warm; its cells load no model." in resumed
+    assert "Note: Warm workers hold demo, so that cells need not load it." in resumed
     assert "[done | 3 of 3 code cells ran" in resumed
     made.call("shutdown_session", session_id=resumed.partition("[session ")[2][:8])
 

@@ -128,8 +128,12 @@ class LocalKernel:
 
     def send(self, kind: str, content: dict[str, Any]) -> str:
         """See `Kernel.send`."""
+        import zmq
+
         message = self._client.session.msg(kind, content)
         self._client.shell_channel.send(message)
+        # It sends past asyncio and may eat the signal that a reply is there, which would then never be read.
+        self._client.shell_channel.socket.get(zmq.EVENTS)
         return str(message["header"]["msg_id"])
 
     async def messages(self) -> AsyncIterator[Message]:

@@ -343,7 +343,8 @@ class Runner:
                 return
 
     def _look_for_a_lost_end(self, run: Run) -> None:
-        """Finish a run whose reply or idle status was lost, as when the cell itself, or a suspended kernel, drops one.
+        """Finish a run whose reply or idle status was lost, as when the cell itself drops one, or a full
+        queue of the kernel does.
 
         A kernel answers on one channel in order: what it is asked after the cell it answers after the cell.
         """

@@ -431,8 +431,8 @@ class Tools:
 def _warm_workers() -> list[str]:
     from interp_kernel.backends.local import list_workers
 
-    models = [worker.model_name for worker in list_workers() if worker.state in ("idle", "busy")]
-    return [f"A worker with {' and one with '.join(models)} is warm; its cells load no model."] if models else []
+    models = dict.fromkeys(worker.model_name for worker in list_workers() if worker.state in ("idle", "busy"))
+    return [f"Warm workers hold {', '.join(models)}, so that cells need not load it."] if models else []
 
 
 def _instructions() -> str:
