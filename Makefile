@@ -14,7 +14,7 @@ demo: $(READY)
 test: $(READY) chromium
 	@echo -n "ruff:   "; $(BIN)/ruff check .
 	@echo -n "mypy:   "; $(BIN)/mypy -n 2
-	@echo "pytest:"; $(BIN)/pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+	@echo "pytest:"; $(BIN)/pytest -q -n 3 --dist loadfile $(PYTEST_ARGS)
 
 soak: $(READY)
 	@$(BIN)/pytest -q -m soak --timeout 3600 $(PYTEST_ARGS)
