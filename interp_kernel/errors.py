@@ -20,8 +20,17 @@ InterpError
 from __future__ import annotations
 
 import builtins
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """A question, after a space, for what was meant by a name; empty if nothing known is near."""
+    import difflib
+
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class InterpError(Exception):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import warnings
 from typing import Any
 
 from interp_kernel.backends.modal.options import ModalOptions
-from interp_kernel.errors import SpecError
+from interp_kernel.errors import SpecError, did_you_mean
 from interp_kernel.spec import WorkerSpec
 
 OLDER_NAMES = {"container_idle_timeout": "scaledown_window", "keep_warm": "min_containers", "torch_dtype": "dtype"}
@@ -32,8 +31,7 @@ def check_mode(mode: str, options: dict[str, Any]) -> str:
     known = [f.name for f in dataclasses.fields(WorkerSpec)] + ModalOptions.names()
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, known)
             raise SpecError(f"Worker option {name!r} is not known; expected one of {', '.join(known)}.{hint}")
     for name in ModalOptions.names():
         if mode == "local" and name not in FOR_BOTH and options.pop(name, None):

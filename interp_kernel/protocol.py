@@ -176,6 +176,12 @@ class Packed:
         return struct.pack(f"!I{len(frames)}Q", len(frames), *map(len, frames)) + b"".join(frames)
 
 
+def frames_size(head: Head, inline: Iterable[Buffer]) -> int:
+    """Bytes of the frames that travel with a message; the head itself is small."""
+    large: int = sum(nbytes for _, nbytes, offset, _ in head.get("blobs", ()) if offset is not None)
+    return sum(map(len, inline)) + large
+
+
 def content_digest(data: memoryview) -> str:
     """The name under which a worker keeps a buffer: a hash of a sample, then 128-bit hashes of its parts."""
     import xxhash

@@ -28,6 +28,8 @@ from interp_kernel.notebook.batch.estimate import describe_plan
 from interp_kernel.notebook.batch.study import Study, plan, read_study
 from interp_kernel.notebook.provenance import RUNS, append, read_attempts, read_record, read_runs
 
+pytestmark = pytest.mark.usefixtures("no_warm_worker")
+
 WAIT_S = 60.0
 EFFECT = "open('effects', 'a').write(f'{i}\\n')"
 # What each value of `i` does after the effect of the first cell; `kill` is what a system out of memory does.

@@ -29,6 +29,8 @@ from interp_kernel.cli import main
 from interp_kernel.notebook.provenance import read_record, read_runs
 from tests.helpers_worker import wait_until
 
+pytestmark = pytest.mark.usefixtures("no_warm_worker")
+
 END_S = 150.0
 COMMAND = (sys.executable, "-m", "interp_kernel.cli", "batch")
 

@@ -296,7 +296,7 @@ def test_older_names_are_accepted_with_a_warning() -> None:
     ("options", "message"),
     [
         ({"modle_name": "x"}, r"option 'modle_name' is not known; expected one of model_name, "),
-        ({"modle_name": "x"}, r"Did you mean model_name\?"),
+        ({"modle_name": "x"}, r"Did you mean 'model_name'\?"),
         ({"mode": "cloud"}, r"mode 'cloud' is not known; expected one of local, modal"),
         ({"scaledown_window": 0}, r"scaledown_window is 0; expected a number of seconds above 0"),
         ({"min_containers": 2}, r"min_containers is 2; expected 0, or 1"),

@@ -33,6 +33,8 @@ from interp_kernel.session import Session
 from interp_kernel.spec import WorkerSpec
 from tests.helpers_worker import DEMO, Connect, RecordingBackend, run_cell, sessions
 
+pytestmark = pytest.mark.usefixtures("no_warm_worker")
+
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="Only root can act as another user.")
 

@@ -23,6 +23,8 @@ from tests.helpers_agent import Agent, Gate, agent, cells, images, log_of, nbyte
 from tests.helpers_mcp import text_of
 from tests.helpers_worker import wait_until
 
+pytestmark = pytest.mark.usefixtures("no_warm_worker")
+
 SECRET = "sesame-open-the-vault-42"
 ANSWER_BYTES = 20_000
 SOON_S = 3.0

@@ -34,8 +34,6 @@ from tests.helpers_lab import lab_server, write_notebook
 from tests.helpers_mcp import call, read
 from tests.helpers_worker import wait_until
 
-FIRST_ANSWER_S = 1.0
-
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -70,14 +68,6 @@ def keepers() -> list[psutil.Process]:
 
 
 # -------------------------------------------------------------------------------------------- finding
-
-
-def test_first_answer_comes_at_once(workspace: Path) -> None:
-    """Measured as the server's own time, for the machine may be busy."""
-    with agent(workspace) as made:
-        made.call("list_sessions")
-        used = made.server.cpu_times()
-    assert used.user + used.system < FIRST_ANSWER_S
 
 
 def test_start_of_the_server_loads_nothing_heavy() -> None:
@@ -229,7 +219,7 @@ def test_reply_that_arrives_while_the_next_request_is_sent_is_read(tmp_path: Pat
             before = kernel.send("kernel_info_request", {})
             await reply_to(before, messages)  # from here on it waits for the next
             kernel.send("kernel_info_request", {})
-            select.select([kernel._client.shell_channel.socket.FD], [], [])  # and the loop does not see it
+            select.select([kernel._client.shell_channel.socket.FD], [], [], 5)  # and the loop does not see it
             with anyio.fail_after(20):
                 await reply_to(kernel.send("kernel_info_request", {}), messages)
         finally:

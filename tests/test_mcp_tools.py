@@ -26,6 +26,8 @@ from tests.helpers_agent import Agent, Gate, agent, cells, log_of
 from tests.helpers_mcp import command, text_of
 from tests.helpers_worker import wait_until
 
+pytestmark = pytest.mark.usefixtures("no_warm_worker")
+
 NAMES = {
     *("start_new_session", "start_session_resume_notebook", "start_session_continue_notebook", "init_session"),
     *("execute_code", "edit_cell", "add_markdown", "shutdown_session", "read_notebook", "read_output", "interrupt"),

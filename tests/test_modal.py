@@ -47,7 +47,7 @@ def definition(loopback: Loopback, app_name: str, kind: str = "Gateway") -> api_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gpu": "A1000"}, r"gpu 'A1000' is not known to Modal; expected one of T4, .* Did you mean A100"),
+        ({"gpu": "A1000"}, r"gpu 'A1000' is not known to Modal; expected one of T4, .* Did you mean 'A100'"),
         ({"gpu": ["A10G", "X1"]}, "gpu 'X1' is not known to Modal"),
         ({"gpu": "H100:9"}, r"gpu 'H100:9' asks for '9' GPUs; one container has 1 to 8 of H100"),
         ({"gpu": "A10G:many"}, r"asks for 'many' GPUs; one container has 1 to 4"),

@@ -33,6 +33,8 @@ from interp_kernel.notebook.provenance import (
 )
 from interp_kernel.notebook.run import run_notebook
 
+pytestmark = pytest.mark.usefixtures("no_warm_worker")
+
 SHARED = ("load_s", "queue_s", "run_s", "return_s", "transfer_s", "sent_bytes", "received_bytes")
 
 

@@ -18,6 +18,8 @@ from interp_kernel.errors import NotebookError
 from interp_kernel.notebook.run import run_notebook
 from interp_kernel.notebook.runs import as_csv, differences, find, records, row, rows
 
+pytestmark = pytest.mark.usefixtures("no_warm_worker")
+
 LOCAL = "if layer == 2:\n    raise ValueError('two\\nlines')"
 REMOTE = "%%remote\nnorm = model.config.n_layer * layer"
 

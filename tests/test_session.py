@@ -33,6 +33,8 @@ from tests.helpers_worker import (
     wait_until,
 )
 
+pytestmark = pytest.mark.usefixtures("no_warm_worker")
+
 OWN = WorkerSpec(model_name=DEMO, attn_implementation="sdpa")  # a worker that this module may kill
 # A stop that arrives before the long operation has begun must not end it either.
 UNINTERRUPTIBLE = """

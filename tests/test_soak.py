@@ -8,6 +8,8 @@ from interp_kernel.spec import WorkerSpec
 from tests.helpers_worker import DEMO, sessions
 from tests.soak import ERROR_S, WAYS, soak, table
 
+pytestmark = pytest.mark.usefixtures("no_warm_worker")
+
 
 @pytest.mark.parametrize("n", [len(WAYS), pytest.param(100, marks=pytest.mark.soak)])
 def test_each_death_is_one_clear_error_soon_and_the_next_call_recovers(

@@ -182,7 +182,7 @@ def test_unreadable_files_are_refused(folder: Path) -> None:
         (
             "notebooks: a.ipynb\nmodels: [{model: demo, dtyp: float32}]",
             SpecError,
-            r"'dtyp' is not known.*Did you mean dtype",
+            r"'dtyp' is not known.*Did you mean 'dtype'",
         ),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from interp_kernel.mcp.mask import Mask
+from interp_kernel.notebook.terminal import shown
 
 Output = dict[str, Any]
 HEAD_CHARS = TAIL_CHARS = 100_000
@@ -15,21 +16,6 @@ MAX_OUTPUTS = 500
 MAX_HTML_CHARS = 1_000_000
 LONG_LINE_CHARS = 8_000
 BARE = ("text/plain", "text/markdown", "text/latex")
-
-
-def visible(line: str) -> str:
-    """What a terminal shows of a line in which carriage returns and backspaces overwrite."""
-    ends = line.endswith("\r")
-    line = line.rstrip("\r").rpartition("\r")[2]
-    if "\b" in line:
-        shown: list[str] = []
-        for character in line:
-            if character != "\b":
-                shown.append(character)
-            elif shown:
-                shown.pop()
-        line = "".join(shown)
-    return line + "\r" if ends else line
 
 
 class Text:
@@ -48,10 +34,7 @@ class Text:
 
     def add(self, text: str) -> None:
         """Take in what a cell printed."""
-        text = self.line + text
-        if "\r" in text or "\b" in text:
-            lines = [visible(line) for line in text.split("\n")]
-            text = "\n".join([*(line.rstrip("\r") for line in lines[:-1]), lines[-1]])
+        text = shown(self.line + text)
         final = text.rfind("\n") + 1
         if len(text) - final > LONG_LINE_CHARS:
             final = len(text)

@@ -12,8 +12,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,6 +20,7 @@ from interp_kernel.errors import InterpError, SessionError
 from interp_kernel.mcp.replies import Answer
 from interp_kernel.mcp.schemas import CELL, SESSION, Schema, description, input_schema, result_schema
 from interp_kernel.mcp.tools import Settings, Tools, listed, model_settings
+from interp_kernel.notebook.schemas import without_iris
 
 NAME = "interp"
 TOKEN_VARIABLE = "INTERP_MCP_TOKEN"
@@ -38,20 +38,7 @@ SESSIONS = {"start_new_session", "shutdown_session", "restart_kernel", "delete_c
 SESSIONS |= {"list_variables", "start_session_resume_notebook", "start_session_continue_notebook", "run_all"}
 
 
-@contextmanager
-def _without(module: str) -> Iterator[None]:
-    """Make an import of a module fail in the block."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]
-
-
-with _without("rfc3987_syntax"):  # jsonschema, which mcp imports, takes a second to compile its grammar of IRIs
+with without_iris():  # mcp imports jsonschema
     import anyio
     import mcp.server.lowlevel
     from mcp import types

@@ -16,7 +16,7 @@ from typing import Any
 from interp_kernel.backends import Link, Message, OnEvent
 from interp_kernel.client import InterpClient
 from interp_kernel.notebook.provenance import file_hash
-from interp_kernel.protocol import Head, Packed, Shipment
+from interp_kernel.protocol import Head, Packed, Shipment, frames_size
 from interp_kernel.session import Result, Session
 
 VARIABLE = "INTERP_CALLS"
@@ -42,21 +42,15 @@ class CountedLink:
 
     def send(self, packed: Packed) -> None:
         """See `Link.send`; a value that the worker is known to have is not counted."""
-        self._passed["sent_bytes"] += size(packed.inline, packed.head)
+        self._passed["sent_bytes"] += frames_size(packed.head, packed.inline)
         self._link.send(packed)
 
     def receive(self, timeout_s: float | None, wake_fd: int | None = None) -> Message | None:
         """See `Link.receive`."""
         message = self._link.receive(timeout_s, wake_fd)
         if message is not None:
-            self._passed["received_bytes"] += size(message[1], message[0])
+            self._passed["received_bytes"] += frames_size(message[0], message[1])
         return message
-
-
-def size(inline: Any, head: Head) -> int:
-    """Bytes of a message's frames; the head itself is small."""
-    large: int = sum(nbytes for _, nbytes, offset, _ in head.get("blobs", ()) if offset is not None)
-    return sum(map(len, inline)) + large
 
 
 class RecordedSession(Session):

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from interp_kernel.errors import InterpError, NotebookError
-from interp_kernel.notebook.parameters import Parameter, check_parameters, declared_parameters, suggestion
+from interp_kernel.errors import InterpError, NotebookError, did_you_mean
+from interp_kernel.notebook.parameters import Parameter, check_parameters, declared_parameters
 
 CELL_TYPES = ("code", "markdown", "raw")
 KINDS_MEANT = {"python": "code", "py": "code", "cell": "code", "md": "markdown", "text": "markdown"}
@@ -168,7 +168,7 @@ def kernel_of(path: Path, notebook: Mapping[str, Any], kernel_name: str | None) 
     if name:
         raise NotebookError(
             f"{path} asks for the kernel {name!r}, which is not installed; installed are {', '.join(installed)}."
-            f"{suggestion(name, installed)}"
+            f"{did_you_mean(name, installed)}"
         )
     raise NotebookError(
         f"{path} names no kernel: metadata.kernelspec.name is missing. Write one into it or pass kernel_name; "
@@ -332,7 +332,7 @@ def _schema_error(notebook: dict[str, Any]) -> Any:
 
 def _meant(kind: Any) -> str:
     meant = KINDS_MEANT.get(kind.lower()) if isinstance(kind, str) else None
-    return f" Did you mean {meant!r}?" if meant else suggestion(str(kind).lower(), CELL_TYPES)
+    return f" Did you mean {meant!r}?" if meant else did_you_mean(str(kind).lower(), CELL_TYPES)
 
 
 def _times(count: int) -> str:

@@ -7,14 +7,13 @@ number of numpy's as text.
 from __future__ import annotations
 
 import ast
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from interp_kernel.errors import NotebookError
+from interp_kernel.errors import NotebookError, did_you_mean
 
 TAG = "parameters"
 NONE = type(None)
@@ -102,7 +101,7 @@ def check_parameters(path: Path, notebook: Mapping[str, Any], parameters: Mappin
     for name, value in parameters.items():
         if name not in known:
             takes = ", ".join(known) or "none"
-            raise NotebookError(f"{path} has no parameter {name!r}; it takes {takes}.{suggestion(name, known)}")
+            raise NotebookError(f"{path} has no parameter {name!r}; it takes {takes}.{did_you_mean(name, known)}")
         _check_value(path, known[name], value)
     missing = [parameter for name, parameter in known.items() if parameter.is_required and name not in parameters]
     if missing:
@@ -110,12 +109,6 @@ def check_parameters(path: Path, notebook: Mapping[str, Any], parameters: Mappin
             f"{path} needs the parameter {missing[0].name!r}, declared as `{missing[0].text}` without a value. "
             "Pass one, or write a default into the cell."
         )
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """A question after what was meant; empty if nothing known is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _check_value(path: Path, parameter: Parameter, value: Any) -> None:

@@ -16,6 +16,7 @@ from papermill.engines import NotebookExecutionManager
 from papermill.iorw import LocalHandler, papermill_io
 
 from interp_kernel.notebook.provenance import Ledger, OnCell
+from interp_kernel.notebook.terminal import shown
 
 SAVE_EVERY_S = 1.0
 SAVE_SHARE = 20
@@ -122,23 +123,8 @@ def join_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
             joined.append(output)
     for output in joined:
         if output.output_type == "stream":
-            text = "".join(output.pop("parts", [output.text]))
-            output.text = "\n".join(map(visible, text.split("\n"))) if "\r" in text or "\b" in text else text
+            output.text = shown("".join(output.pop("parts", [output.text]))).rstrip("\r")
     return joined
-
-
-def visible(line: str) -> str:
-    """What a terminal would show of a line, which may end in a carriage return itself, as in `\\r\\n`."""
-    line = line.rstrip("\r").rpartition("\r")[2]
-    if "\b" not in line:
-        return line
-    shown: list[str] = []
-    for character in line:
-        if character != "\b":
-            shown.append(character)
-        elif shown:
-            shown.pop()
-    return "".join(shown)
 
 
 def write_atomically(nb: NotebookNode, path: str, **layout: Any) -> None:

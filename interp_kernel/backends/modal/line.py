@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from interp_kernel.backends import Message
 from interp_kernel.backends.modal.wire import LARGEST, PIECE, Part, Wire, from_wire, in_parts, is_final, repack
-from interp_kernel.protocol import Channel, Head
+from interp_kernel.protocol import Channel, Head, frames_size
 from interp_kernel.worker.server import Outbox
 
 PID_BITS = 22  # of a process id; a number of the container's own goes before it
@@ -164,7 +164,7 @@ def global_pid(boot: str, pid: int) -> int:
 def as_allowed(message: Message) -> Message:
     """A message, or if it is too large for Modal an error that says so."""
     head, inline, _ = message
-    size = sum(map(len, inline)) + sum(nbytes for _, nbytes, offset, _ in head.get("blobs", ()) if offset is not None)
+    size = frames_size(head, inline)
     if size <= LARGEST:
         return message
     text = (

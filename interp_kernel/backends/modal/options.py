@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from interp_kernel.errors import SpecError
+from interp_kernel.errors import SpecError, did_you_mean
 
 # Modal's GPUs from cheap to dear: the class of their price, and memory of one in GB.
 GPUS: dict[str, tuple[str, int]] = {
@@ -149,8 +148,7 @@ def check_one_gpu(text: Any) -> str:
     name, colon, count = str(text).strip().partition(":")
     name = name.lower() if name.lower() == "any" else name.upper()
     if name != "any" and name not in GPUS:
-        near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, GPUS)
         raise SpecError(f"gpu {text!r} is not known to Modal; expected one of {', '.join(GPUS)} or any.{hint}")
     most = MOST_GPUS.get(name, 8)
     if colon and (not count.isdecimal() or not 1 <= int(count) <= most):

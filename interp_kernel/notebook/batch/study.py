@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import json
 import os
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from interp_kernel.errors import NotebookError, SpecError
+from interp_kernel.errors import NotebookError, SpecError, did_you_mean
 from interp_kernel.notebook.provenance import run_key
 from interp_kernel.options import MODES
 
@@ -270,8 +269,7 @@ def refuse_unknown(name: Any, where: str) -> None:
     """Refuse a key that a study doesn't have, with the one that may have been meant."""
     known = [f.name for f in dataclasses.fields(Study) if f.name != "lines"]
     if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Expected one of {', '.join(known)}."
+        hint = did_you_mean(name, known) or f" Expected one of {', '.join(known)}."
         raise SpecError(f"{where}: {name!r} is no key of a study.{hint}")
 
 
@@ -295,9 +293,7 @@ def check(name: str, value: Any) -> Any:
     if name == "stop_on_failure" and not isinstance(value, bool):
         raise SpecError(f"stop_on_failure is {value!r}; expected true or false.")
     if name == "backend" and value not in (None, *MODES):
-        near = difflib.get_close_matches(str(value), MODES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise SpecError(f"backend is {value!r}; expected one of {', '.join(MODES)}.{hint}")
+        raise SpecError(f"backend is {value!r}; expected one of {', '.join(MODES)}.{did_you_mean(value, MODES)}")
     if name in ("name", "output") and value is not None and not (isinstance(value, str | Path) and str(value)):
         raise SpecError(f"{name} is {value!r}; expected text.")
     return str(value) if isinstance(value, Path) else value
