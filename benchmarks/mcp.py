@@ -260,7 +260,7 @@ def peer_note(theirs: Theirs) -> str:
     hangs = failing(theirs)
     begun = time.perf_counter()
     answer = theirs.run("import os; os._exit(3)", timeout=10)
-    told = str(answer.content)[:120].replace("\n", " ")
+    told = " ".join(" ".join(block.text for block in answer.content if block.type == "text").split())[:120]
     return (
         f"{PEER}: 600 kB printed reach the agent as {printed / 1e3:,.0f} kB (3 MB run into its server's rate limit); "
         f"{hangs} of {FAILING} failing calls hung; a kernel that exits was answered after "
