@@ -74,7 +74,7 @@ def one_warm_worker(folder: Path) -> tuple[float, int, str]:
         body = f"%%remote\nfor _ in range({passes}):\n    {FORWARD}"
         sources = [notebook(folder / f"{i:02}.ipynb", [body] * CELLS, "interp") for i in range(NOTEBOOKS)]
         outcome = batch(folder, sources, models=[model_name()], jobs=JOBS)
-        from interp_kernel.notebook.provenance import read_runs
+        from interp_kernel.notebook.files import read_runs
 
         records = read_runs(Path(outcome["folder"]))
     if outcome["completed"] != NOTEBOOKS:
@@ -185,8 +185,8 @@ def many_runs(folder: Path) -> tuple[float, float]:
     from interp_kernel.notebook.batch.batch import write_plan
     from interp_kernel.notebook.batch.report import write_report
     from interp_kernel.notebook.batch.study import plan, read_study
-    from interp_kernel.notebook.provenance import RUNS as FILE
-    from interp_kernel.notebook.provenance import append, read_runs
+    from interp_kernel.notebook.files import RUNS as FILE
+    from interp_kernel.notebook.files import append, read_runs
 
     cells = ["layer = 0", "import interp_kernel, matplotlib.pyplot as plt", "plt.plot([1, 2, layer]);"]
     source = notebook(folder / "one.ipynb", [*cells, "interp_kernel.record('score', layer * 2)"], "python3")

@@ -40,6 +40,7 @@ class Cell:
             on the worker.
         imports: Absolute names of modules that the body may import, anywhere in it.
         silenced: The last expression ends in a semicolon and is not shown.
+        shown_name: The last expression, if it is nothing but a name; else empty.
         is_async: The body has `await` outside functions.
     """
 
@@ -53,6 +54,7 @@ class Cell:
     mutations: tuple[tuple[str, int], ...]
     imports: tuple[str, ...]
     silenced: bool
+    shown_name: str
     is_async: bool
 
 
@@ -101,6 +103,7 @@ def parse_cell(
         mutations=tuple((name, line + offset) for name, line in names.mutations),
         imports=imported_modules(tree) if "import" in source else (),  # most cells have none, and the walk costs
         silenced=_ends_in_semicolon(tree, source),
+        shown_name=_shown_name(tree),
         is_async=is_async,
     )
 
@@ -117,6 +120,11 @@ def _compile(source: str, filename: str) -> tuple[ast.Module, bool]:
 def _from_notebook(names: Names, defined: Collection[str]) -> tuple[str, ...]:
     supplied = frozenset(dir(builtins)).difference(defined) | _MODULE_ATTRIBUTES
     return tuple(name for name in names.reads if name not in supplied)
+
+
+def _shown_name(tree: ast.Module) -> str:
+    last = tree.body[-1] if tree.body else None
+    return last.value.id if isinstance(last, ast.Expr) and isinstance(last.value, ast.Name) else ""
 
 
 def _ends_in_semicolon(tree: ast.Module, source: str) -> bool:

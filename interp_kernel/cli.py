@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_kernel.notebook.commands import INTERRUPTED, add_verbs, seconds
+from interp_kernel.notebook.words import duration
 
 if TYPE_CHECKING:
     from interp_kernel.backends.local import WorkerStatus
@@ -163,7 +164,7 @@ def list_workers(arguments: argparse.Namespace) -> int:
             worker.model_name,
             str(worker.pid or "-"),
             f"{worker.state}: {worker.exit_reason}" if worker.exit_reason else worker.state,
-            _duration(time.time() - worker.started) if worker.started else "-",
+            duration(int(time.time() - worker.started)) if worker.started else "-",
             str(worker.clients),
             f"{worker.memory_bytes / 1e6:.0f} MB" if worker.memory_bytes else "-",
         )
@@ -176,11 +177,6 @@ def list_workers(arguments: argparse.Namespace) -> int:
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     return 0
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{rest} s"
 
 
 def find_worker(key: str | None) -> WorkerStatus:

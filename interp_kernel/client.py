@@ -376,6 +376,8 @@ def check_function(fn: Any) -> None:
 def modules_of(fn: Any, shipment: Shipment) -> dict[str, Module]:
     """Local modules that a function needs on the worker."""
     local = technique_modules(fn) if isinstance(fn, Technique) else {}
+    if not shipment.modules:
+        return local
     return local | collect_modules(shipment.modules, search=[working_folder(os.getcwd())])
 
 

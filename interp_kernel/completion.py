@@ -58,7 +58,7 @@ def completions(context: Any, shell: Any, magics: RemoteMagics) -> Any:
 
 def magic_options(line: str) -> list[tuple[str, str]]:
     """Options of `%%remote` that begin with the last word of its line."""
-    from interp_kernel.magics import cell_parser
+    from interp_kernel.lines import cell_parser
 
     word = line.split(" ")[-1]
     options = [option for action in cell_parser()._actions for option in action.option_strings]

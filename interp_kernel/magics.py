@@ -6,21 +6,31 @@ import argparse
 import json
 import linecache
 import os
-import shlex
 import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand, output_can_be_silenced
 
-from interp_kernel import completion
-from interp_kernel.backends.modal.arguments import add_options
+from interp_kernel import completion, handles
 from interp_kernel.cell import Cell, parse_cell
 from interp_kernel.client import InterpClient, Job
-from interp_kernel.errors import InterpError, RemoteError, SpecError, WorkerDiedError, remote_error
+from interp_kernel.errors import InterpError, RemoteError, SpecError, remote_error
+from interp_kernel.lines import (
+    USAGE,
+    MagicError,
+    cell_parser,
+    check_words,
+    help_text,
+    split_line,
+    start_help,
+    start_parser,
+)
+from interp_kernel.lines import json_or_text as json_or_text
 from interp_kernel.output import Screen
 from interp_kernel.protocol import Head
 from interp_kernel.session import RemoteValue, Result
@@ -30,66 +40,6 @@ FETCH_LIMIT = 10_000_000  # bytes; what is larger stays on the worker
 NEVER_READ = {"model", "tokenizer"}
 SETTINGS_VARIABLE = "INTERP_MODEL"
 BATCH_VARIABLE = "INTERP_BATCH"  # set by our papermill engine, which drops what a cell shows after its end
-
-
-class MagicError(InterpError):
-    """A magic's own line is wrong. Not IPython's UsageError, of which run reports show neither name nor text."""
-
-
-class LineParser(argparse.ArgumentParser):
-    """Reads a magic's line; errors and help become exceptions and text instead of an exit."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse the line and say what it may hold."""
-        raise MagicError(f"{self.prog}: {message}.\n{self.format_usage().strip()}")
-
-
-def cell_parser() -> LineParser:
-    """Options of `%%remote`."""
-    parser = LineParser("%%remote", add_help=False, allow_abbrev=False)
-    parser.add_argument("--worker", metavar="NAME", help="worker to run on; by default the one in use")
-    parser.add_argument("-i", dest="inputs", action="append", default=[], metavar="NAME", help="send this name too")
-    parser.add_argument(
-        "-o", dest="outputs", action="append", default=[], metavar="NAME", help="bring its value, of any size"
-    )
-    parser.add_argument("--keep", action="append", default=[], metavar="NAME", help="leave its value on the worker")
-    parser.add_argument("--timeout", type=seconds, metavar="S", help="stop the cell after so many seconds")
-    parser.add_argument("--background", action="store_true", help="return a job at once")
-    parser.add_argument("--quiet", action="store_true", help="show nothing but errors and warnings")
-    parser.add_argument("--help", action="store_true", help="show this and do not run the cell")
-    return parser
-
-
-def start_parser() -> LineParser:
-    """Options of `%remote start`: those of WorkerSpec and of InterpClient."""
-    parser = LineParser("%remote start", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("model_name", nargs="?", metavar="MODEL", help="demo, a hub name or a local folder")
-    parser.add_argument("--name", help="name for --worker and %%remote use; by default the model's")
-    parser.add_argument("--backend", dest="mode", help="local or modal")
-    for option in ("revision", "base-model", "tokenizer-name", "dtype", "attn-implementation", "hidden-system-prompt"):
-        parser.add_argument(f"--{option}")
-    parser.add_argument("--device-map", type=json_or_text, help="auto, a device, or JSON")
-    parser.add_argument("--quantization", type=json_or_text, help="bnb-4bit, bnb-8bit, or JSON")
-    parser.add_argument("--peft", dest="is_peft", action="store_true", help="MODEL is a LoRA adapter")
-    parser.add_argument("--trust-remote-code", action="store_true")
-    parser.add_argument("--scaledown-window", type=float, metavar="S", help="end after so many idle seconds (300)")
-    parser.add_argument("--min-containers", type=int, help="1 keeps the worker for good")
-    parser.add_argument("--hold", action="store_true", help="keep it as long as this notebook's kernel lives")
-    add_options(parser)
-    return parser
-
-
-def seconds(text: str) -> float:
-    """A time limit."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
-    return value
-
-
-def json_or_text(text: str) -> Any:
-    """An option's value: JSON if it looks like an object."""
-    return json.loads(text) if text.startswith("{") else text
 
 
 @magics_class
@@ -105,6 +55,7 @@ class RemoteMagics(Magics):
         self.current: str | None = None
         self.jobs: list[Job] = []
         completion.install(shell, self)
+        handles.install(shell)
 
     # ---------------------------------------------------------------------------------------- cells
 
@@ -117,7 +68,7 @@ class RemoteMagics(Magics):
         if "--help" in words:
             self._do_help([])
             return None
-        options = cell_parser().parse_args(words)
+        options = cell_parser().read(words)
         cell = self._parse(line, body)
         client = self.client(options.worker)
         if not options.background or os.environ.get(BATCH_VARIABLE):
@@ -160,8 +111,8 @@ class RemoteMagics(Magics):
         job_id: str | None = None,
     ) -> Result:
         """Send a cell, wait for it, and take over what it assigned, also if it failed half-way."""
-        client.ensure(screen.show)
         inputs = self._inputs(cell, options.inputs)
+        client.ensure(screen.show)
         shipment = client.ship_named(inputs, lambda: inputs)
         local = collect_modules([*cell.imports, *shipment.modules], search=self._module_folders())
         self._warn_of_mutations(cell, screen)
@@ -190,6 +141,9 @@ class RemoteMagics(Magics):
                 error.result = None
             raise
         self._assign(result)
+        named, last = self.shell.user_ns.get(cell.shown_name), result.values.get("_")
+        if type(named) is type(last) is RemoteValue:
+            result.values["_"] = named  # one handle, not a second one that keeps the value when the name has gone
         for name in (*options.outputs, *options.keep):
             if name not in result.values:
                 screen.warn(f"{name!r} was asked for, but the cell did not assign it")
@@ -200,8 +154,9 @@ class RemoteMagics(Magics):
         space, hidden = self.shell.user_ns, self.shell.user_ns_hidden
         for name in more:
             if name not in space:
-                raise MagicError(f"%%remote -i {name}: the notebook has no variable {name!r}.")
-        reads = [n for n in cell.reads if n in space and n not in NEVER_READ and not same(space, hidden, n)]
+                raise MagicError(f"%%remote -i {name}: the notebook has no variable {name!r}. Assign it locally first.")
+        named = [n for n in cell.reads if n in space and n not in NEVER_READ]
+        reads = [n for n in named if handles.KEPT_BY_IPYTHON.fullmatch(n) or not same(space, hidden, n)]
         return {name: space[name] for name in (*reads, *more)}
 
     def _assign(self, result: Result) -> None:
@@ -252,7 +207,7 @@ class RemoteMagics(Magics):
             screen = JobScreen(job, Screen(shell, quiet=options.quiet))
             try:
                 return self._run(client, cell, options, screen, job.id).values.get("_")
-            except (RemoteError, WorkerDiedError, KeyboardInterrupt) as error:
+            except (InterpError, KeyboardInterrupt) as error:
                 shell.showtraceback((type(error), error, None))
                 raise
             finally:
@@ -281,33 +236,45 @@ class RemoteMagics(Magics):
         if name is None:
             options = default_settings(self.shell)
             name = str(options.get("model_name", "demo"))
-            self.workers[name] = InterpClient(**options)
+            self.workers[name] = self._make_client(options)
             self.current = name
         if name not in self.workers:
             known = ", ".join(self.workers) or "none yet"
             raise MagicError(f"No worker is called {name!r}; this notebook has: {known}. Start it with %remote start.")
         return self.workers[name]
 
+    def _make_client(self, options: dict[str, Any]) -> InterpClient:
+        """A client, whose warnings are lines of the cell: Python's own would quote this file."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            client = InterpClient(**options)
+        for warning in caught:
+            Screen(self.shell).warn(str(warning.message))
+        return client
+
     @line_magic("remote")  # type: ignore[arg-type]
     def remote_line(self, line: str) -> None:
         """`%remote start|use|status|interrupt|restart|stop|logs|techniques|help`."""
         words = split_line(line) or ["help"]
         verb, rest = words[0], words[1:]
-        verbs = {name.removeprefix("_do_"): getattr(self, name) for name in dir(type(self)) if name.startswith("_do_")}
-        if verb not in verbs:
-            raise MagicError(f"%remote {verb} is not known; expected one of {', '.join(sorted(verbs))}.")
-        verbs[verb](rest)
+        if "--help" in rest and verb != "start":
+            verb, rest = "help", []
+        check_words(verb, rest)
+        getattr(self, f"_do_{verb}")(rest)
 
     def _do_start(self, words: list[str]) -> None:
         """Start a worker, or attach to it, and use it from now on."""
-        options = vars(start_parser().parse_args(words))
+        if "--help" in words:
+            print(start_help())
+            return
+        options = vars(start_parser().read(words))
         hold = options.pop("hold", False)
         fallback = default_settings(self.shell) if "model_name" not in options else {}
         options = {**fallback, **options}
         name = options.pop("name", None) or str(options.get("model_name", "demo"))
         if options.get("image") in self.shell.user_ns:
             options["image"] = self.shell.user_ns[options["image"]]
-        client = InterpClient(**options)
+        client = self._make_client(options)
         known = self.workers.get(name)
         if known is not None and known.is_same_worker(client):
             client.session = known.session  # its handles stay good
@@ -319,13 +286,11 @@ class RemoteMagics(Magics):
 
     def _do_use(self, words: list[str]) -> None:
         """Make another worker of this notebook the one that cells run on."""
-        (name,) = expect(words, 1, "%remote use NAME")
-        self.client(name)
-        self.current = name
+        self.client(words[0])
+        self.current = words[0]
 
     def _do_status(self, words: list[str]) -> None:
         """Say what each worker of this notebook does."""
-        expect(words, 0, "%remote status")
         if not self.workers:
             print("No worker yet; the first %%remote cell starts one.")
         for name, client in self.workers.items():
@@ -333,7 +298,6 @@ class RemoteMagics(Magics):
 
     def _do_interrupt(self, words: list[str]) -> None:
         """Stop what runs in the background."""
-        expect(words, 0, "%remote interrupt")
         stopped = sum(job.cancel() for job in self.jobs if not job.done())
         print(f"{stopped} background call{'s' * (stopped != 1)} stopped.")
 
@@ -359,17 +323,12 @@ class RemoteMagics(Magics):
         """List the techniques: those of the package, or of a folder."""
         from interp_kernel.catalogue import listing, package_techniques
 
-        print(listing(t for w in words for t in read_techniques(Path(w))) if words else listing(package_techniques()))
+        found = read_techniques(Path(words[0])) if words else package_techniques()
+        print(listing(found) or f"{words[0]} holds no technique, a function of (model, tokenizer, ...).")
 
     def _do_help(self, words: list[str]) -> None:
         """Say what the magics can do."""
-        expect(words, 0, "%remote help")
-        print("%%remote [options]      run the cell on the worker, with `model` and `tokenizer` and what it reads\n")
-        print(cell_parser().format_help().partition("\n\n")[2])
-        for name in dir(type(self)):
-            if name.startswith("_do_"):
-                print(f"%remote {name[4:]:<12} {getattr(self, name).__doc__}")
-        print("\n" + start_parser().format_help())
+        print(help_text((verb, getattr(self, f"_do_{verb}").__doc__) for verb in sorted(USAGE)))
 
 
 class JobScreen(Screen):
@@ -391,21 +350,6 @@ class JobScreen(Screen):
 def same(space: dict[str, Any], hidden: dict[str, Any], name: str) -> bool:
     """Whether a name still has the value that IPython gave it."""
     return name in hidden and hidden[name] is space[name]
-
-
-def split_line(line: str) -> list[str]:
-    """Words of a magic's line, quotes respected."""
-    try:
-        return shlex.split(line)
-    except ValueError as error:
-        raise MagicError(f"The magic's line can't be read: {error}.") from None
-
-
-def expect(words: list[str], n: int, usage: str) -> list[str]:
-    """The words of a subcommand that takes a fixed number of them."""
-    if len(words) != n:
-        raise MagicError(f"Got {len(words)} words; usage: {usage}.")
-    return words
 
 
 def describe_worker(name: str, client: InterpClient, info: Head) -> str:

@@ -35,14 +35,15 @@ def check_mode(mode: str, options: dict[str, Any]) -> str:
             raise SpecError(f"Worker option {name!r} is not known; expected one of {', '.join(known)}.{hint}")
     for name in ModalOptions.names():
         if mode == "local" and name not in FOR_BOTH and options.pop(name, None):
-            warnings.warn(f"{name} has no effect on a local worker; device_map places the model.", stacklevel=3)
+            advice = "device_map places the model" if name == "gpu" else "it is for mode='modal'"
+            warnings.warn(f"{name} has no effect on a local worker; {advice}.", stacklevel=3)
     return mode
 
 
 def check_window(options: dict[str, Any]) -> tuple[float, int]:
     """How long the worker stays without calls."""
     window, containers = options["scaledown_window"], options["min_containers"]
-    if not isinstance(window, int | float) or window <= 0:
+    if not isinstance(window, int | float) or not 0 < window < float("inf"):
         raise SpecError(f"scaledown_window is {window!r}; expected a number of seconds above 0.")
     if containers not in (0, 1):
         raise SpecError(f"min_containers is {containers!r}; expected 0, or 1 to keep the worker for good.")

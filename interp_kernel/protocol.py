@@ -1,8 +1,8 @@
 """What travels between a notebook and its worker: messages on a socket, and values as pickles.
 
-A message is a JSON head and frames of bytes. Frames of at least BLOB_MIN bytes do not go through the socket: they
-are written once into memory files whose descriptors are passed, and the receiver maps them copy-on-write. The head's
-`blobs` table says where each lies, or by which digest the receiver already has it.
+A message is a head of plain data and frames of bytes. Frames of at least BLOB_MIN bytes do not go through the socket:
+they are written once into memory files whose descriptors are passed, and the receiver maps them copy-on-write. The
+head's `blobs` table says where each lies, or by which digest the receiver already has it.
 
 Values are pickled with cloudpickle, tensors out of band and on the CPU in their own dtype. What must not be copied
 (the model, a remote value, a module) travels as a reference, resolved by the receiver.
@@ -28,12 +28,12 @@ from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from interp_kernel.errors import ShipError
 from interp_kernel.imports import imported_by_code
 
-PROTOCOL = 1
+PROTOCOL = 2
 BLOB_MIN = 1 << 20
 PAGE = mmap.PAGESIZE
 PIECE = 1 << 18  # bytes that stay in a CPU's cache between two uses
@@ -172,8 +172,38 @@ class Packed:
 
     def encode(self) -> bytes:
         """The message as it goes through the socket."""
-        frames = [json.dumps(self.head).encode(), *self.inline]
+        frames = [encode_head(self.head), *self.inline]
         return struct.pack(f"!I{len(frames)}Q", len(frames), *map(len, frames)) + b"".join(frames)
+
+
+class _PlainPickler(pickle.Pickler):
+    """Refuses what is no plain data, as JSON does: what a call shows must not make its receiver import anything."""
+
+    kinds: ClassVar[dict[type, Any]] = {str: str.__str__, int: int, float: float, list: list, tuple: tuple, dict: dict}
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Called for what is none of these itself; their subclasses, as an IntEnum, travel as what they are made of."""
+        if isinstance(obj, type) and obj in self.kinds:
+            return NotImplemented  # it goes by name
+        for kind, plain in self.kinds.items():
+            if isinstance(obj, kind):
+                return kind, (plain(obj),)
+        raise TypeError(f"A {type(obj).__name__} can't be part of a message, which is made of plain data.")
+
+
+def encode_head(head: Head) -> bytes:
+    """Calls and their events are pickled, in a third of the time. The rest is JSON: any version can read a hello."""
+    if "seq" not in head and head.get("verb") != "submit":
+        return json.dumps(head).encode()
+    stream = io.BytesIO()
+    _PlainPickler(stream, protocol=5).dump(head)
+    return stream.getvalue()
+
+
+def decode_head(data: bytearray) -> Head:
+    """The head that was encoded."""
+    head: Head = pickle.loads(data) if data.startswith(pickle.PROTO) else json.loads(data.decode())
+    return head
 
 
 def frames_size(head: Head, inline: Iterable[Buffer]) -> int:
@@ -312,8 +342,8 @@ class Channel:
             frames.append(buffer[start : start + length])
             start += length
         del buffer[:start]
-        head: Head = json.loads(frames[0].decode())
-        has_file = any(offset is not None for _, _, offset, _ in head.get("blobs", ()))
+        head = decode_head(frames[0])
+        has_file = "blobs" in head and any(offset is not None for _, _, offset, _ in head["blobs"])
         return head, frames[1:], self._file() if has_file else None
 
     def _file(self) -> BlobFile:
@@ -348,13 +378,13 @@ class TooLargeError(Exception):
 
 
 class _LimitedBytes(io.BytesIO):
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
 
     def write(self, data: Any) -> int:
         written = super().write(data)
-        if self.limit is not None and self.tell() > self.limit:
+        if self.tell() > self.limit:
             raise TooLargeError
         return written
 
@@ -397,7 +427,7 @@ def _pickler_class() -> type[Any]:
 
     class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
         def __init__(self, shipment: Shipment, reducer: Reducer, limit: int | None, lazy: bool) -> None:
-            self.stream = _LimitedBytes(limit)
+            self.stream = io.BytesIO() if limit is None else _LimitedBytes(limit)
             self.shipment, self.reducer, self.limit, self.lazy, self.nbytes = shipment, reducer, limit, lazy, 0
             super().__init__(self.stream, protocol=5, buffer_callback=self.take)
 
@@ -413,6 +443,8 @@ def _pickler_class() -> type[Any]:
                 raise TooLargeError
 
         def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, types.CodeType):
+                return NotImplemented  # as cloudpickle itself says, sooner
             if isinstance(obj, types.FunctionType):
                 if obj.__module__ == cloudpickle.cloudpickle.__name__:
                     return NotImplemented  # one of its own helpers, which go by name with every function
@@ -421,8 +453,6 @@ def _pickler_class() -> type[Any]:
                 return with_lazy_globals(reduced) if self.lazy and isinstance(reduced, tuple) else reduced
             if type(obj) is ImportedName:
                 return load_reference, ("attribute", [obj.module, obj.name])
-            if isinstance(obj, types.CodeType):
-                return super().reducer_override(obj)
             if (reference := self.reducer(obj)) is not None:
                 if reference[0] == "attribute":
                     self.shipment.modules.add(reference[1][0])
@@ -433,7 +463,8 @@ def _pickler_class() -> type[Any]:
                 self.shipment.modules.add(obj.__name__)
                 return load_reference, ("module", obj.__name__)
             if isinstance(obj, type):
-                self.shipment.modules.add(obj.__module__)
+                if obj.__module__ != "builtins":
+                    self.shipment.modules.add(obj.__module__)
                 self.shipment.by_value |= obj.__module__ == "__main__"
             refuse_what_stays(obj)
             return super().reducer_override(obj)

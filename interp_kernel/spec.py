@@ -16,6 +16,7 @@ from interp_kernel.errors import SpecError
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 QUANTISATION = ("bnb-4bit", "bnb-8bit")
 LOADERS = ("transformers", "transformer_lens", "nnsight")
+TEXTS = ("revision", "base_model", "tokenizer_name", "attn_implementation", "hidden_system_prompt")
 SECRET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
 
@@ -56,6 +57,7 @@ class WorkerSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.model_name, str) or not self.model_name.strip():
             raise SpecError(f"model_name is {self.model_name!r}; expected `demo`, a hub name or a local folder.")
+        self._check_types()
         if self.dtype not in DTYPES:
             raise SpecError(f"dtype {self.dtype!r} is not known; expected one of {', '.join(DTYPES)}.")
         if isinstance(self.quantization, str) and self.quantization not in QUANTISATION:
@@ -73,6 +75,17 @@ class WorkerSpec:
                 "and load that, or use another loader."
             )
         _check_hidden_prompt(self.hidden_system_prompt)
+
+    def _check_types(self) -> None:
+        for name in TEXTS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                # What is given for the hidden prompt may hold the prompt itself, so only its type is told.
+                shown = type(value).__name__ if name == "hidden_system_prompt" else repr(value)
+                raise SpecError(f"{name} is {shown}; expected text, or None to leave it out.")
+        for name in ("is_peft", "trust_remote_code"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"{name} is {getattr(self, name)!r}; expected True or False.")
 
     @property
     def key(self) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from interp_kernel.notebook.files import replace, utc
 from interp_kernel.notebook.metrics import plain
 
 MODES = ("off", "offline", "online")
@@ -69,7 +70,7 @@ class Tracker:
     def __init__(self, name: str, config: dict[str, Any], folder: Path, wandb: str, project: str) -> None:
         """Write what is known at the start."""
         self.folder = folder
-        self._summary: dict[str, Any] = {"name": name, "status": "running", "started": _now()}
+        self._summary: dict[str, Any] = {"name": name, "status": "running", "started": utc()}
         self._start, self._step, self._last = time.monotonic(), 0, dict[str, Any]()
         _write_yaml(folder / "config.yaml", config)
         self._mirror = Mirror(wandb, project, name, config, folder)
@@ -101,7 +102,7 @@ class Tracker:
         line = {str(name): plain(str(name), value) for name, value in values.items()}
         step = self._step if step is None else step
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": _now(), **line}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"step": step, "time": utc(), **line}, ensure_ascii=False) + "\n")
         self._step = step + 1
         self._last |= line
         self._mirror.send(lambda run, _: run.log(line, step=step))
@@ -126,7 +127,8 @@ class Tracker:
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         columns = list(dict.fromkeys(column for line in lines for column in line))
         data = [[line.get(column) for column in columns] for line in lines]
-        self._mirror.send(lambda run, wandb: run.log({name: wandb.Table(columns=columns, data=data)}))
+        # A number and the text `NaN` may stand in one column.
+        self._mirror.send(lambda run, wandb: run.log({name: wandb.Table(columns, data, allow_mixed_types=True)}))
         return path
 
     def log_figure(self, name: str, figure: Any) -> Path:
@@ -193,7 +195,7 @@ class Tracker:
             raise ValueError(f"status is {status!r}; expected one of {', '.join(STATUSES)}.")
         if self._summary["status"] != "running":
             return
-        self._summary |= {"status": status, "ended": _now(), "seconds": round(time.monotonic() - self._start, 3)}
+        self._summary |= {"status": status, "ended": utc(), "seconds": round(time.monotonic() - self._start, 3)}
         if error is not None:
             self._summary |= {"ename": type(error).__name__, "evalue": str(error)}
         self._mirror.finish(exit_code=0 if status == "completed" else 1)
@@ -320,9 +322,7 @@ def _write_yaml(path: Path, facts: Mapping[str, Any]) -> None:
     import yaml
 
     plain_facts = json.loads(json.dumps(facts, default=_in_yaml))
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(yaml.safe_dump(plain_facts, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    scratch.replace(path)
+    replace(path, yaml.safe_dump(plain_facts, sort_keys=False, allow_unicode=True))
 
 
 def _in_yaml(value: Any) -> Any:
@@ -334,7 +334,3 @@ def _in_yaml(value: Any) -> Any:
 
 def _wandb_name(name: str) -> str:
     return re.sub(r"[^\w.-]", "-", name)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -46,6 +47,23 @@ class Direction(TypedDict):
     held_out_auroc: float | None
     held_out_low: float | None
     held_out_high: float | None
+
+
+def check_direction(direction: object) -> None:
+    """Refuse what is no direction, as a bare vector or a whole result that holds several.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(direction, Mapping) and {"direction", "layer", "site"} <= direction.keys():
+        return
+    given = f"of the type {type(direction).__name__}"
+    if isinstance(direction, Mapping) and "technique" in direction:
+        given = f"all of what {direction['technique']} returned"
+    raise ValueError(
+        f"The direction is {given}; expected what concept_direction returned, a row of persona_vector, or a vector "
+        "of your own by vector_direction(vector, layer)."
+    )
 
 
 def unit_vector(direction: Direction, width: int) -> Float[Tensor, " d"]:

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from techniques._tokens import Batch, check_finite
+from techniques._tokens import Batch, check_finite, check_model
 
 
 class UnsupportedModelError(ValueError):
@@ -158,6 +158,7 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     Raises:
         UnsupportedModelError: The model is no decoder with a language-model head, or is built in another way.
     """
+    check_model(model)
     known = _found.get(model)
     if known is None or any(now != then for now, then in known.children):
         known = _Found(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._activations import points_of
 from techniques._batches import in_batches
-from techniques._directions import Direction, unit_vector
+from techniques._directions import Direction, check_direction, unit_vector
 from techniques._generation import Edits, continue_tokens
 from techniques._hooks import Change, HookPoint, check_sites, edit, record
 from techniques._model import logits_at
@@ -118,6 +118,7 @@ def kl_divergence(clean: Float[Tensor, "n d_vocab"], other: Float[Tensor, "n d_v
 
 
 def point_of(model: PreTrainedModel, direction: Direction, layer: int | None) -> HookPoint:
+    check_direction(direction)
     return points_of(model, direction["site"], [direction["layer"] if layer is None else layer])[0]
 
 

@@ -94,6 +94,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
             raise ValueError(f"The text {text!r} is of type {type(text).__name__}; expected a string.")
     if not texts:
         raise ValueError("The list of texts is empty; expected at least one text. Pass a string or a list of strings.")
+    if isinstance(tokenizer, torch.nn.Module) or not callable(tokenizer):
+        raise ValueError(
+            f"The tokenizer is of the type {type(tokenizer).__name__}; expected a Hugging Face tokenizer. Pass the "
+            "model first, then its tokenizer."
+        )
     encoded = [list(tokenizer(text)["input_ids"]) for text in texts]
     for text, ids in zip(texts, encoded, strict=True):
         if not ids:
@@ -119,8 +124,18 @@ def pad(ids: Sequence[Sequence[int]], side: Literal["left", "right"], filler: in
     return Batch(torch.tensor(filled, device=device), torch.tensor(masks, device=device))
 
 
+def check_model(model: object) -> None:
+    """Raise a ValueError if it is no model at all, as a name, or a tokenizer in its place."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"The model is of the type {type(model).__name__}; expected a loaded Hugging Face model. Pass the model "
+            "first, then its tokenizer; of a wrapper, the plain model that it holds."
+        )
+
+
 def check_eval(model: PreTrainedModel) -> None:
     """Raise a ValueError if any part of the model is in train mode, where dropout would change every run."""
+    check_model(model)
     if any(part.training for part in model.modules()):
         raise ValueError(
             f"{type(model).__name__} is in train mode, in which dropout changes every run; expected eval mode. "

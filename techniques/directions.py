@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from techniques._activations import Position, Reading, ReadText, activations_at, points_of, read_at
-from techniques._directions import Direction, HeldOut, described, digits, oriented, unit_vector
+from techniques._directions import Direction, HeldOut, check_direction, described, digits, oriented, unit_vector
 from techniques._folds import Scale, group_folds, merged_groups
 from techniques._logistic import fit_logistic
 from techniques._results import Header, few, header, number, numbers
@@ -222,6 +222,7 @@ def project(
         project(model, tokenizer, [experts[0], novices[0], corpus.persona_prompt(None, corpus.QUESTIONS[0])], found)
     """
     check_lists(texts=texts)
+    check_direction(direction)
     reading = read_at(model, tokenizer, texts, position)
     point = points_of(model, direction["site"], [direction["layer"]])[0]
     found = activations_at(model, reading, [point]).flatten(2)[:, 0]

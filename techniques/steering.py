@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from techniques._directions import Direction, unit_vector
+from techniques._directions import Direction, check_direction, unit_vector
 from techniques._generation import Edits, prompt_ids
 from techniques._hooks import HookPoint, check_sites
 from techniques._model import UnsupportedModelError
@@ -346,6 +346,7 @@ def ablate_direction(
     ids = prompt_ids(tokenizer, texts, chat, system)
     decoder = check_sites(model)
     check_context(model, ids, max_new_tokens)
+    check_direction(direction)
     if not direction["site"].startswith("resid") and direction["site"] not in ("attn_out", "mlp_out"):
         raise ValueError(
             f"The direction belongs to {direction['site']}; expected one of the residual stream, such as resid_post."

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import psutil
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from mcp import ClientSession
 from mcp.types import CallToolResult, ImageContent
 
+from interp_kernel.mcp import sessions
 from tests.helpers_mcp import server, text_of
 from tests.helpers_worker import wait_until
 
@@ -112,7 +114,7 @@ class Agent:
 
 @contextmanager
 def agent(workspace: Path, *options: str, **environment: str) -> Iterator[Agent]:
-    """An agent with a server of its own; both end with the block, and the agent's last session does."""
+    """An agent with a server of its own; both end with the block, and their sessions live on."""
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(server(workspace, *options, **environment)) as client,
@@ -120,10 +122,35 @@ def agent(workspace: Path, *options: str, **environment: str) -> Iterator[Agent]
         yield Agent(portal, client, workspace)
 
 
+@contextmanager
+def ending_sessions() -> Iterator[None]:
+    """Shut down what sessions are left after the block, whoever has begun them."""
+    yield
+    for facts in sessions.known():
+        anyio.run(sessions.ask, facts["id"], "shutdown")
+
+
+@contextmanager
+def own_session(shared: Agent, name: str = "own") -> Iterator[Path]:
+    """A session of its own for an agent that others use too; its notebook."""
+    before = shared.session
+    try:
+        yield shared.start(name)
+    finally:
+        if shared.session in [facts["id"] for facts in sessions.known()]:
+            shared.shutdown()
+        shared.session = before
+
+
 def newest_server() -> psutil.Process:
     """The server that this process started last."""
     servers = [child for child in psutil.Process().children() if "interp_kernel.cli" in child.cmdline()]
     return max(servers, key=psutil.Process.create_time)
+
+
+def keeper_of(session: str) -> psutil.Process:
+    """The process that keeps a session."""
+    return psutil.Process(next(facts["pid"] for facts in sessions.known() if facts["id"] == session))
 
 
 def images(answer: CallToolResult) -> list[ImageContent]:

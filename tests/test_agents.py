@@ -269,7 +269,7 @@ def test_an_endpoint_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("limits", "turns"), [(Limits(turns=30, tokens=100_000), 30), (Limits(turns=50, tokens=3_550), 30)]
+    ("limits", "turns"), [(Limits(turns=10, tokens=100_000), 10), (Limits(turns=50, tokens=1_150), 10)]
 )
 def test_a_spent_budget_warns_and_then_stops(tmp_path: Path, limits: Limits, turns: int) -> None:
     with Endpoint([LOOK] * 50) as endpoint:
@@ -341,10 +341,12 @@ finally:
 """
     with Endpoint([BEGIN, step("", code)]) as endpoint:
         command = [sys.executable, "-m", "interp_kernel.cli", "agent", "openai", "TASK.md", "--model", "stub"]
-        run = subprocess.Popen([*command, "--base-url", endpoint.base_url], cwd=tmp_path, stdout=subprocess.DEVNULL)
+        command += ["--base-url", endpoint.base_url]
+        run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         wait_until((tmp_path / "begun").exists)
         run.send_signal(signal.SIGTERM)
-        assert run.wait(20) == 130
+        assert json.loads(run.communicate(timeout=20)[0])["status"] == "interrupted"
+        assert run.returncode == 130
     wait_until((tmp_path / "stopped").exists)
     (folder,) = (tmp_path / "agent-runs").iterdir()
     record = json.loads((folder / "run.json").read_text())

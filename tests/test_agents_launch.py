@@ -261,11 +261,14 @@ def test_a_server_that_claude_could_not_start_is_told(bench: Bench) -> None:
 def test_a_stopped_run_stops_its_program_and_finishes_its_record(bench: Bench, number: signal.Signals) -> None:
     bench.order(wait=True)
     command = [sys.executable, "-m", "interp_kernel.cli", *bench.arguments("claude")]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(bench.report.exists)
     assert bench.record["status"] == "running"
     run.send_signal(number)
-    assert run.wait(20) == 130
+    said, shown = run.communicate(timeout=20)
+    assert run.returncode == 130
+    assert json.loads(said) == {"status": "interrupted", "run": str(bench.run), "notebooks": []}
+    assert f"Record      {bench.run / 'run.json'}" in shown
     assert (bench.record["status"], bench.record["reason"]) == ("interrupted", "It was stopped by a signal.")
     assert not psutil.pid_exists(bench.seen["pid"])
 

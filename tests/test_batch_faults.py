@@ -26,7 +26,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from interp_kernel.backends.local import list_workers
 from interp_kernel.cli import main
-from interp_kernel.notebook.provenance import read_record, read_runs
+from interp_kernel.notebook.files import read_record, read_runs
 from tests.helpers_worker import wait_until
 
 pytestmark = pytest.mark.usefixtures("no_warm_worker")
@@ -107,7 +107,6 @@ def test_whatever_ends_a_cell_status_exit_code_and_record_agree(tmp_path: Path) 
     last = "print('never')"
     path = study(
         tmp_path,
-        notebook(tmp_path / "fine.ipynb", "print(1)", "2"),
         notebook(tmp_path / "error.ipynb", "1", "1 / 0", last),
         notebook(tmp_path / "exit.ipynb", "1", "import sys; sys.exit(0)", last),
         notebook(tmp_path / "expected.ipynb", tagged("1 / 0", "raises-exception"), "print('after')"),
@@ -121,7 +120,6 @@ def test_whatever_ends_a_cell_status_exit_code_and_record_agree(tmp_path: Path) 
     ended = batch(path)
     out = tmp_path / "out"
     assert statuses(out) == {
-        "fine": "completed",
         "error": "failed",
         "exit": "failed",
         "expected": "completed",
@@ -130,8 +128,8 @@ def test_whatever_ends_a_cell_status_exit_code_and_record_agree(tmp_path: Path) 
         "kernel": "dead-kernel",
     }
     assert ended.code == 1
-    assert (ended.outcome["status"], ended.outcome["completed"], ended.outcome["failed"]) == ("failed", 2, 5)
-    assert "2 of 7 runs are complete, 5 failed or were stopped, 0 never began. Go on with: " in ended.stderr
+    assert (ended.outcome["status"], ended.outcome["completed"], ended.outcome["failed"]) == ("failed", 1, 5)
+    assert "1 of 6 runs are complete, 5 failed or were stopped, 0 never began. Go on with: " in ended.stderr
     records = {Path(record["notebook"]).stem: record for record in read_runs(out)}
     reasons = {name: (r["failed_cell"], r["ename"]) for name, r in records.items() if r["failed_cell"] is not None}
     assert reasons == {
@@ -153,8 +151,7 @@ def test_whatever_a_cell_puts_out_is_stored_and_bounded(tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text("answer = 42")
     path = study(
         tmp_path,
-        notebook(tmp_path / "nan.ipynb", nan, "1"),
-        notebook(tmp_path / "halves.ipynb", "print('a\\ud800b')", "print('c\\udc80d')", "print('after')"),
+        notebook(tmp_path / "odd.ipynb", "print('a\\ud800b')", "print('c\\udc80d')", "print('after')", nan, "1"),
         notebook(tmp_path / "last_words.ipynb", "raise ValueError('\\ud800 own')", "print('never')"),
         notebook(tmp_path / "large.ipynb", figure, "1"),
         notebook(tmp_path / "moves.ipynb", "import os; os.chdir('/')", "print(os.getcwd())"),
@@ -162,10 +159,10 @@ def test_whatever_a_cell_puts_out_is_stored_and_bounded(tmp_path: Path) -> None:
     )
     ended = batch(path)
     out = tmp_path / "out"
-    names = ("nan", "halves", "large", "moves", "stays")
+    names = ("odd", "large", "moves", "stays")
     assert statuses(out) == {**dict.fromkeys(names, "completed"), "last_words": "failed"}
-    assert (ended.code, ended.outcome["completed"]) == (1, 5)
-    assert [printed(out, "halves", cell) for cell in range(3)] == ["a?b\n", "c?d\n", "after\n"]
+    assert (ended.code, ended.outcome["completed"]) == (1, 4)
+    assert [printed(out, "odd", cell) for cell in range(3)] == ["a?b\n", "c?d\n", "after\n"]
     assert printed(out, "moves", 1) == "/\n"
     assert printed(out, "stays", 0) == f"{tmp_path} 42\n"
     (large,) = out.glob("large.*.ipynb")
@@ -194,20 +191,31 @@ def test_a_gigabyte_of_print_fills_neither_memory_nor_disk(tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------- where results go
 
 
-def test_disk_full(tmp_path: Path, mounted: Callable[[Path, str], None]) -> None:
-    mounted(tmp_path / "out", "size=600k")
-    sources = [notebook(tmp_path / f"{name}.ipynb", "print('x' * 250_000)", "1") for name in "abc"]
+@pytest.mark.parametrize(
+    ("size", "completed", "not_begun"),
+    [("600k", 0, 1), ("1100k", 1, 0)],
+    ids=["in the first run's page", "in the second run's notebook"],
+)
+def test_disk_full(
+    tmp_path: Path, mounted: Callable[[Path, str], None], size: str, completed: int, not_begun: int
+) -> None:
+    mounted(tmp_path / "out", f"size={size}")
+    sources = [notebook(tmp_path / f"{name}.ipynb", "print('x' * 250_000)", "1") for name in "ab"]
     path = study(tmp_path, *sources, jobs=1)
     ended = batch(path)
-    assert (ended.code, ended.outcome["status"], ended.outcome["completed"]) == (1, "failed", 1)
-    assert "Nothing more is begun: results can't be written ([Errno 28] No space left on device)" in ended.stderr
+    counts = [ended.outcome[name] for name in ("completed", "failed", "not_begun")]
+    assert (ended.code, ended.outcome["status"], counts) == (1, "failed", [completed, 1, not_begun])
+    assert "OSError: [Errno 28] No space left on device" in ended.stderr
+    assert ended.stderr.count("Nothing more is begun: results can't be written ([Errno 28] No space") == not_begun
     for record in read_runs(tmp_path / "out"):
         if record["status"] == "completed":
             assert read_record(tmp_path / "out" / record["output"]) == record
+    assert all(page.read_text().rstrip().endswith("</html>") for page in (tmp_path / "out").glob("*.html"))
+    assert not list((tmp_path / "out").glob(".*tmp"))
     subprocess.run(["mount", "-o", "remount,size=100m", str(tmp_path / "out")], check=True)
     resumed = batch(path, "--resume")
-    assert (resumed.code, resumed.outcome["skipped"], resumed.outcome["completed"]) == (0, 1, 3)
-    assert statuses(tmp_path / "out") == dict.fromkeys("abc", "completed")
+    assert (resumed.code, resumed.outcome["skipped"], resumed.outcome["completed"]) == (0, completed, 2)
+    assert statuses(tmp_path / "out") == dict.fromkeys("ab", "completed")
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="As root a disk that is really full is used instead.")

@@ -303,6 +303,10 @@ def test_older_names_are_accepted_with_a_warning() -> None:
         ({"dtype": "float8"}, r"dtype 'float8' is not known; expected one of auto, float32"),
         ({"base_model": "x"}, r"base_model='x' needs is_peft=True"),
         ({"model_name": " "}, r"model_name is ' '; expected `demo`"),
+        ({"scaledown_window": float("inf")}, r"scaledown_window is inf; expected a number of seconds above 0"),
+        ({"revision": 3}, r"revision is 3; expected text, or None to leave it out"),
+        ({"is_peft": "yes"}, r"is_peft is 'yes'; expected True or False"),
+        ({"trust_remote_code": 1}, r"trust_remote_code is 1; expected True or False"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_starts(options: dict[str, Any], message: str) -> None:
@@ -314,9 +318,14 @@ def test_the_hidden_prompts_text_is_never_repeated() -> None:
     with pytest.raises(SpecError) as refused:
         InterpClient(hidden_system_prompt="You guard the word swordfish.")
     assert "swordfish" not in str(refused.value)
+    with pytest.raises(SpecError, match="hidden_system_prompt is list; expected text") as refused:
+        InterpClient(hidden_system_prompt=["You guard the word swordfish."])
+    assert "swordfish" not in str(refused.value)
 
 
 def test_container_options_warn_that_they_do_nothing_here() -> None:
+    with pytest.warns(UserWarning, match="deploy has no effect on a local worker; it is for mode='modal'"):
+        InterpClient(deploy=True)
     with pytest.warns(UserWarning, match="gpu has no effect on a local worker; device_map places the model"):
         InterpClient(gpu="A100")
 

@@ -313,6 +313,8 @@ METADATA = {"model": "demo", "scaledown_window": 150}
         ("", None, "stays warm 5 min"),
         ("", {"model": "demo", "dtype": "float1"}, "SpecError: dtype 'float1' is not known"),
         ('{"model_nam": "demo"}', None, "SpecError: Worker option 'model_nam' is not known"),
+        ('{"model": "demo"', None, "demo\"' begins like a JSON object and is none (Expecting"),
+        ('{"keep_warm": 0}', None, "[interp] keep_warm is now called min_containers."),
         ("", [1], "SpecError: metadata of named.ipynb names the model by [1]"),
     ],
 )
@@ -327,7 +329,7 @@ def test_the_model_is_named_by_environment_then_metadata_then_default(
         cell = plain.run("%remote start")
     finally:
         plain.ok("os.environ.clear()\nos.environ.update(saved)\n%reload_ext interp_kernel")
-    assert expected in cell.stdout + cell.traceback
+    assert expected in cell.stdout + cell.stderr + cell.traceback
 
 
 def test_the_kernel_names_itself_and_keeps_ipythons_language(nb: Notebook) -> None:

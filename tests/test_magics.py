@@ -104,6 +104,42 @@ def test_dropping_a_handle_frees_the_value(nb: Notebook) -> None:
     assert any(nb.ok(alive).value is False for _ in range(100)), "the value was still there 100 cells later"
 
 
+@pytest.mark.parametrize(("last", "shows"), [("", ["kept"]), ("kept", []), ("kept", ["kept", "kept"])])
+@pytest.mark.parametrize("drop", ["del kept", "kept = kept.fetch()"])
+def test_a_handle_that_was_shown_is_freed_when_its_name_goes(
+    nb: Notebook, last: str, shows: list[str], drop: str
+) -> None:
+    making = f"import sys, weakref\nclass Kept(bytearray): pass\nkept = Kept({11 * MB})\nsys.seen = weakref.ref(kept)\n"
+    nb.ok(remote(making + last))
+    for line in shows:
+        nb.ok(line)
+    # Printed, for a value that is shown would itself displace the handle from `_`.
+    alive = remote("import gc, sys\ngc.collect()\nprint(sys.seen() is not None)")
+    assert nb.ok(alive).stdout == "True\n"
+    nb.ok(drop)
+    assert any(nb.ok(alive).stdout == "False\n" for _ in range(100)), "the value outlived its name by 100 cells"
+
+
+def test_the_last_result_is_read_like_any_variable(nb: Notebook) -> None:
+    nb.ok("[20, 22]")
+    assert nb.ok(remote("sum(_)")).value == 42
+    assert nb.ok(remote("_ + sum(__)")).value == 84
+
+
+def test_a_large_result_without_a_name_is_the_last_one_until_others_displace_it(nb: Notebook) -> None:
+    making = "import sys, weakref\nclass Big(bytearray): pass\n"
+    making += f"def make():\n    big = Big({11 * MB})\n    sys.big = weakref.ref(big)\n    return big\nmake()"
+    nb.ok(remote(making))
+    assert nb.ok("_").text == "<RemoteValue Big>"
+    alive = remote("import gc, sys\ngc.collect()\nprint(sys.big() is not None)")
+    nb.ok("1")
+    assert nb.ok(alive).stdout == "True\n"
+    assert nb.ok(remote("len(__)")).value == 11 * MB
+    nb.ok("2")
+    nb.ok("3")
+    assert any(nb.ok(alive).stdout == "False\n" for _ in range(100)), "three later results did not displace it"
+
+
 def test_inputs_that_only_strings_name_are_sent_with_i(nb: Notebook) -> None:
     nb.ok("by_name = 7")
     assert nb.run(remote("globals()['by_name']")).ename == "KeyError"
@@ -293,9 +329,17 @@ def test_a_background_cell_that_fails_shows_its_error_and_raises_it(nb: Notebook
     nb.wait(lambda: cell.ename == "KeyError")
 
 
+@pytest.mark.parametrize(("options", "ename"), [("--background", "ShipError"), ("--background -i nil", "MagicError")])
+def test_a_background_cell_that_can_not_be_sent_says_so_where_it_stands(nb: Notebook, options: str, ename: str) -> None:
+    nb.ok("import threading\nguard = threading.Lock()")
+    cell = nb.run(remote("guard", options))
+    nb.wait(lambda: cell.ename == ename, 20)
+
+
 def test_a_job_can_be_cancelled(nb: Notebook) -> None:
-    nb.ok(remote("print('on', flush=True)\nwhile True: pass", "--background"))
+    cell = nb.ok(remote("print('on', flush=True)\nwhile True: pass", "--background"))
     nb.ok("job = _")
+    nb.wait(lambda: "on" in cell.stdout)
     assert nb.value("job.cancel()") is True
     assert nb.run("job.result(60)").ename == "KeyboardInterrupt"
     assert nb.value("job.cancel()") is False
@@ -304,12 +348,14 @@ def test_a_job_can_be_cancelled(nb: Notebook) -> None:
 @pytest.mark.parametrize(
     ("line", "fragment"),
     [
-        ("--nope", "unrecognized arguments: --nope"),
-        ("--timeout soon", "'soon'"),
+        ("--nope", "there is no option '--nope'"),
+        ("--timout 3", "Did you mean '--timeout'? `%%remote --help` shows"),
+        ("gpt2", "'gpt2' is one word too many"),
+        ("--timeout soon", "'soon' is no number of seconds above 0"),
         ("--timeout -1", "'-1' is no number of seconds above 0"),
         ("--timeout nan", "'nan' is no number of seconds above 0"),
         ("-o", "expected one argument"),
-        ("--keep 'x", "No closing quotation"),
+        ("--keep 'x", "The magic's line \"--keep 'x\" can't be read: No closing quotation. Quote as in a shell."),
         ("--worker elsewhere", "No worker is called 'elsewhere'"),
     ],
 )
@@ -330,6 +376,21 @@ def test_help_names_every_option_and_verb(nb: Notebook) -> None:
     for verb in ("start", "use", "status", "interrupt", "restart", "stop", "logs", "techniques", "help"):
         assert f"%remote {verb}" in text
     assert nb.ok("%remote").stdout == text
+
+
+def test_help_of_start_lists_its_options_and_starts_nothing(nb: Notebook) -> None:
+    text = nb.ok("%remote start demo --help").stdout
+    assert text.startswith("%remote start [MODEL] [options]")
+    assert "--hidden-system-prompt WHERE" in text
+    assert nb.ok("%remote stop --help").stdout == nb.ok("%remote help").stdout
+
+
+def test_options_without_effect_are_told_in_a_line(nb: Notebook) -> None:
+    cell = nb.ok("%remote start --gpu A10G --deploy")
+    assert cell.stderr == (
+        "[interp] gpu has no effect on a local worker; device_map places the model.\n"
+        "[interp] deploy has no effect on a local worker; it is for mode='modal'.\n"
+    )
 
 
 def test_a_second_name_for_workers_start_use_and_status(nb: Notebook) -> None:
@@ -366,6 +427,9 @@ def test_interrupt_stops_background_cells(nb: Notebook) -> None:
 def test_techniques_lists_the_packages_own_and_a_folders(nb: Notebook, tmp_path: Path) -> None:
     assert "logit_lens(model" in nb.ok("%remote techniques").stdout
     (tmp_path / "mine.py").write_text('def mine(model, tokenizer, n: int = 3):\n    """Count to n."""\n    return n\n')
+    (tmp_path / "empty").mkdir()
+    nothing = f"{tmp_path / 'empty'} holds no technique, a function of (model, tokenizer, ...).\n"
+    assert nb.ok(f"%remote techniques {tmp_path / 'empty'}").stdout == nothing
     assert nb.ok(f"%remote techniques {tmp_path}").stdout == "mine(model, tokenizer, n=3)\n    Count to n.\n"
 
 
@@ -380,13 +444,19 @@ def test_logs_shows_what_reached_the_workers_own_output(nb: Notebook) -> None:
     ("line", "ename", "fragment"),
     [
         ("dance", "MagicError", "expected one of help, interrupt, logs"),
-        ("use", "MagicError", "usage: %remote use NAME"),
+        ("strat demo", "MagicError", "Did you mean 'start'?"),
+        ("use", "MagicError", "%remote use got nothing; usage: %remote use NAME."),
         ("use nobody", "MagicError", "No worker is called 'nobody'"),
-        ("status now", "MagicError", "usage: %remote status"),
+        ("status now", "MagicError", "%remote status got 'now'; usage: %remote status."),
+        ("stop this that", "MagicError", "got 'this' 'that'; usage: %remote stop [NAME]."),
+        ("restart 1 2", "MagicError", "usage: %remote restart [NAME]."),
         ("start demo --dtype float1", "SpecError", "'float1'"),
         ("start demo --backend moon", "SpecError", "'moon'"),
-        ("start demo --quantization {", "MagicError", "--quantization"),
-        ("start demo --bad", "MagicError", "unrecognized arguments: --bad"),
+        ("start demo --loader keras", "SpecError", "loader 'keras' is not known; expected one of transformers"),
+        ("start demo --quantization {", "MagicError", "--quantization: '{' is no whole JSON object"),
+        ("start demo --scaledown-window inf", "SpecError", "scaledown_window is inf"),
+        ("start demo demo", "MagicError", "'demo' is one word too many"),
+        ("start demo --bad", "MagicError", "there is no option '--bad'"),
         ("start demo --min-containers 3", "SpecError", "3"),
     ],
 )

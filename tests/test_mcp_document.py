@@ -317,13 +317,15 @@ def test_overwriting_is_shown_as_a_terminal_does(texts: list[str], shown: str) -
 
 
 def test_too_many_displays_are_counted() -> None:
-    outputs = make_outputs([])
+    kept: list[str] = []
+    outputs = make_outputs(kept)
     for n in range(MAX_OUTPUTS + 7):
         outputs.add("display_data", {"data": {"text/plain": str(n)}, "metadata": {}})
     outputs.add("error", {"ename": "E", "evalue": "v", "traceback": ["t"]})
     kinds = [output["output_type"] for output in outputs.render()]
     assert kinds == ["display_data"] * MAX_OUTPUTS + ["error", "stream"]
     assert outputs.render()[-1]["text"].startswith("[7 more outputs")
+    assert "".join(kept) == "".join(f"{n}\n" for n in range(MAX_OUTPUTS + 7)) + "t\n"  # the log has the text of all
 
 
 def test_log_is_only_appended_to_and_bounded(path: Path) -> None:

@@ -17,9 +17,21 @@ import psutil
 import pytest
 from mcp.types import CancelledNotification, CancelledNotificationParams, ClientNotification
 
-from interp_kernel.backends.local import list_workers
-from interp_kernel.mcp.sessions import root
-from tests.helpers_agent import Agent, Gate, agent, cells, images, log_of, nbytes, outputs_of
+from interp_kernel.backends.local import list_workers, process_exists
+from interp_kernel.mcp import sessions
+from tests.helpers_agent import (
+    Agent,
+    Gate,
+    agent,
+    cells,
+    ending_sessions,
+    images,
+    keeper_of,
+    log_of,
+    nbytes,
+    outputs_of,
+    own_session,
+)
 from tests.helpers_mcp import text_of
 from tests.helpers_worker import wait_until
 
@@ -33,11 +45,8 @@ SOON_S = 3.0
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("workspace")
-    yield folder
-    with agent(folder) as last:
-        for facts in last.sessions():
-            last.call("shutdown_session", session_id=facts["session_id"])
+    with ending_sessions():
+        yield tmp_path_factory.mktemp("workspace")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,13 @@ def shared(workspace: Path) -> Iterator[Agent]:
     """An agent for tests that leave its kernel as it was."""
     with agent(workspace, VAULT_API_KEY=SECRET) as opened:
         opened.start("shared")
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def other(workspace: Path) -> Iterator[Agent]:
+    """An agent of a second server."""
+    with agent(workspace) as opened:
         yield opened
 
 
@@ -70,6 +86,16 @@ def test_output_of_a_silent_cell_is_not_given_to_the_next(shared: Agent, noteboo
     gate.open()
     assert [shared.wait(cell)["text"] for cell in (third, second, first)] == ["third", "next", "42"]
     assert [outputs_of(notebook, cell).strip() for cell in (first, second, third)] == ["42", "next", "third"]
+
+
+def test_a_silent_cell_goes_on_although_the_kernel_answers_questions_meanwhile(shared: Agent, other: Agent) -> None:
+    waits = (shared, "%%remote\nimport time\ntime.sleep(4)"), (other, "import asyncio\nawait asyncio.sleep(4)")
+    with own_session(other):
+        begun = [(asker, asker.begin_cell(f"{wait}\n'over'")) for asker, wait in waits]
+        for asker, cell in begun:
+            facts = asker.wait(cell)
+            assert (facts["state"], facts["text"][-6:], facts["notes"]) == ("done", "'over'", [])
+            assert facts["seconds"] >= 4
 
 
 def test_a_silent_side_effect_happens_once(shared: Agent, tmp_path: Path) -> None:
@@ -134,7 +160,7 @@ def test_three_megabytes_reach_the_agent_as_twenty_kilobytes_and_can_be_read(sha
     assert f"{50_000:029}" in shared.read("read_output", **ask, start=50_000 * 30, length=30)
     assert shared.read("read_output", **ask, start=-29).endswith(f"]\n{99_999:029}")
     assert notebook.stat().st_size < 1_000_000
-    [entry] = [entry for entry in log_of(notebook) if entry.get("cell_id") == cell]
+    [entry] = [entry for entry in log_of(notebook) if entry["event"] == "run" and entry["cell_id"] == cell]
     assert (notebook.with_suffix(".attempts") / entry["output"]).stat().st_size == 3_000_000
 
 
@@ -146,6 +172,39 @@ def test_an_endless_printer_is_stopped_and_stays_small(shared: Agent, notebook: 
     assert (answer.structuredContent or {})["state"] == "interrupted"
     assert "timeout_s" in text_of(answer)
     assert notebook.stat().st_size < 2_000_000
+    assert shared.ok("'and on'") == "'and on'"
+
+
+def test_output_that_comes_too_fast_to_be_taken_in_is_told_to_be_lost(
+    shared: Agent, notebook: Path, gate: Gate, tmp_path: Path
+) -> None:
+    """While nobody reads, the kernel's queue overflows, and with it goes the word that the cell has ended."""
+    keeper, count, over = keeper_of(shared.session), 3_000, tmp_path / "over"
+    flood = f"""
+import sys
+for n in range({count}):
+    sys.stdout.write(str(n) + ' x' * 10_000 + chr(10))
+    sys.stdout.flush()
+pathlib.Path({str(over)!r}).touch()
+"""
+    cell = shared.begin_cell(gate.code + flood)
+    gate.wait()
+    keeper.suspend()
+    gate.open()
+    wait_until(over.exists)
+    keeper.resume()
+    facts = shared.wait(cell)
+    assert facts["state"] == "done"
+    assert any("did not arrive" in note for note in facts["notes"])
+    [entry] = [entry for entry in log_of(notebook) if entry["event"] == "run" and entry["cell_id"] == cell]
+    whole = (notebook.with_suffix(".attempts") / entry["output"]).read_text()
+    said = re.search(r"\[(\d+) messages of the kernel got lost, for they came too fast: .*\]\n$", whole)
+    assert said
+    lines = whole[: said.start()].splitlines()
+    numbers = [int(line.split()[0]) for line in lines]
+    assert numbers == sorted(set(numbers))
+    assert 0 <= int(said[1]) + len(lines) - count <= 6  # its own end got lost too, and what asked for that
+    assert said[0] in outputs_of(notebook, cell)
     assert shared.ok("'and on'") == "'and on'"
 
 
@@ -299,36 +358,32 @@ def test_no_answer_holds_the_kernels_key(shared: Agent) -> None:
 # ---------------------------------------------------------------------------------------- kernel, worker
 
 
-def test_a_kernel_that_exits_is_told_at_once(workspace: Path) -> None:
-    with agent(workspace) as own:
-        path = own.start("death")
-        own.ok("x = 1")
+def test_a_kernel_that_exits_is_told_at_once(shared: Agent) -> None:
+    with own_session(shared) as path:
+        shared.ok("x = 1")
         start = time.monotonic()
-        facts = own.run("import os\nos._exit(3)")
+        facts = shared.run("import os\nos._exit(3)")
         assert time.monotonic() - start < SOON_S
         assert facts["state"] == "died"
         assert re.search("exited with status 3.*variables.*gone.*restart_kernel", facts["error"]["evalue"])
-        assert "restart_kernel" in own.refused("execute_code", session_id=own.session, code="x")
+        assert "restart_kernel" in shared.refused("execute_code", session_id=shared.session, code="x")
         assert "KernelDiedError" in json.dumps(
             [cell["outputs"] for cell in cells(path) if cell["id"] == facts["cell_id"]]
         )
-        own.call("restart_kernel", session_id=own.session)
-        assert own.run("x")["error"]["ename"] == "NameError"
-        own.shutdown()
+        shared.call("restart_kernel", session_id=shared.session)
+        assert shared.run("x")["error"]["ename"] == "NameError"
 
 
-def test_a_killed_kernel_is_told_with_what_it_had_printed(workspace: Path, gate: Gate) -> None:
-    with agent(workspace) as own:
-        own.start("killed")
-        cell = own.begin_cell(f"print('so far', flush=True)\n{gate.code}")
+def test_a_killed_kernel_is_told_with_what_it_had_printed(shared: Agent, gate: Gate) -> None:
+    with own_session(shared):
+        cell = shared.begin_cell(f"print('so far', flush=True)\n{gate.code}")
         gate.wait()
-        queued = own.begin_cell("print('never')")
-        os.kill(own.info()["kernel_pid"], signal.SIGKILL)
-        facts = own.wait(cell)
+        queued = shared.begin_cell("print('never')")
+        os.kill(shared.info()["kernel_pid"], signal.SIGKILL)
+        facts = shared.wait(cell)
         assert (facts["state"], "so far" in facts["text"]) == ("died", True)
         assert "killed by SIGKILL" in facts["error"]["evalue"]
-        assert own.wait(queued)["state"] == "cancelled"
-        own.shutdown()
+        assert shared.wait(queued)["state"] == "cancelled"
 
 
 def test_a_killed_worker_is_told_and_replaced(shared: Agent, gate: Gate) -> None:
@@ -360,7 +415,7 @@ def test_a_remote_cell_is_stopped_and_the_model_stays(shared: Agent, gate: Gate)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_server_loses_nothing(workspace: Path, gate: Gate, how: signal.Signals) -> None:
+def test_a_killed_server_loses_nothing(workspace: Path, shared: Agent, gate: Gate, how: signal.Signals) -> None:
     with agent(workspace) as first:
         path = first.start("survivor")
         first.ok("x = 41")
@@ -370,53 +425,62 @@ def test_a_killed_server_loses_nothing(workspace: Path, gate: Gate, how: signal.
         first.server.wait(10)
         gate.open()
         wait_until(lambda: "after" in outputs_of(path, cell))
-    with agent(workspace) as second:
-        second.session = first.session
-        assert second.info()["kernel"] == "idle"
-        assert second.wait(cell)["text"].split() == ["before", "after", "42"]
-        assert second.ok("x") == "41"
-        second.shutdown()
+    before, shared.session = shared.session, first.session
+    assert shared.info()["kernel"] == "idle"
+    assert shared.wait(cell)["text"].split() == ["before", "after", "42"]
+    assert shared.ok("x") == "41"
+    shared.shutdown()
+    shared.session = before
 
 
-def test_an_orphaned_kernel_is_found_and_stopped(workspace: Path) -> None:
-    with agent(workspace) as own:
-        path = own.start("orphan")
-        own.ok("x = 1")
-        kernel = psutil.Process(own.info()["kernel_pid"])
-        facts = [json.loads(p.read_text()) for p in Path(os.environ["INTERP_RUNTIME_DIR"]).rglob("session.json")]
-        [keeper] = [fact["pid"] for fact in facts if fact["id"] == own.session]
+def test_an_orphaned_kernel_is_found_and_stopped(shared: Agent) -> None:
+    with own_session(shared) as path:
+        shared.ok("x = 1")
+        kernel, keeper = psutil.Process(shared.info()["kernel_pid"]), keeper_of(shared.session)
         kernel.suspend()  # or it would end by itself
-        os.kill(keeper, signal.SIGKILL)
-        psutil.wait_procs([psutil.Process(keeper)] if psutil.pid_exists(keeper) else [], timeout=10)
-        assert "not known" in own.refused("execute_code", session_id=own.session, code="1")
-        psutil.wait_procs([kernel], timeout=10)
-        assert not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE
-        assert not (root() / own.session).exists()
-        assert own.resume(path)["replay"]["state"] == "done"
-        assert own.ok("x") == "1"
-        own.shutdown()
+        keeper.kill()
+        wait_until(lambda: not process_exists(keeper.pid))
+        assert "not known" in shared.refused("execute_code", session_id=shared.session, code="1")
+        wait_until(lambda: not process_exists(kernel.pid))
+        assert not (sessions.root() / shared.session).exists()
+        assert shared.resume(path)["replay"]["state"] == "done"
+        assert shared.ok("x") == "1"
+
+
+def test_a_cell_whose_keeper_is_killed_shows_that_it_never_ended(shared: Agent, gate: Gate) -> None:
+    with own_session(shared) as path:
+        shared.ok("'ended'")
+        cell = shared.begin_cell(f"print('so far', flush=True)\n{gate.code}")
+        gate.wait()
+        wait_until(lambda: outputs_of(path, cell) == "so far\n")
+        keeper_of(shared.session).kill()
+        wait_until(lambda: shared.session not in str(shared.sessions()))
+        assert [row["execution_count"] for row in cells(path)] == [1, None]
+        assert [entry["event"] for entry in log_of(path) if entry.get("cell_id") == cell] == ["begin"]
+        said = f"Cell {cell} was running when its session was killed; it shows what came until then."
+        assert said in shared.resume(path, rerun=False)["notes"]
+        shared.shutdown()
+        assert said not in shared.resume(path, rerun=False)["notes"]
 
 
 # ------------------------------------------------------------------------------------------- two agents
 
 
-def test_two_agents_share_a_notebook(shared: Agent, notebook: Path, workspace: Path, gate: Gate) -> None:
-    with agent(workspace) as other:
-        assert "alive" in other.read("start_session_resume_notebook", notebook_path=notebook.name)
-        other.session = shared.session
-        cell = shared.begin_cell(f"{gate.code}\nfrom_first = 1\nprint('first')")
-        gate.wait()
-        queued = other.begin_cell("print('second', from_first)")
-        gate.open()
-        assert other.wait(queued)["text"] == "second 1"
-        assert other.wait(cell)["text"] == "first"
-        assert outputs_of(notebook, cell) == "first\n"
-        assert outputs_of(notebook, queued) == "second 1\n"
+def test_two_agents_share_a_notebook(shared: Agent, other: Agent, notebook: Path, gate: Gate) -> None:
+    assert "alive" in other.read("start_session_resume_notebook", notebook_path=notebook.name)
+    other.session = shared.session
+    cell = shared.begin_cell(f"{gate.code}\nfrom_first = 1\nprint('first')")
+    gate.wait()
+    queued = other.begin_cell("print('second', from_first)")
+    gate.open()
+    assert other.wait(queued)["text"] == "second 1"
+    assert other.wait(cell)["text"] == "first"
+    assert outputs_of(notebook, cell) == "first\n"
+    assert outputs_of(notebook, queued) == "second 1\n"
 
 
-def test_two_agents_on_two_notebooks_do_not_meet(shared: Agent, workspace: Path) -> None:
-    with agent(workspace) as other:
-        path = other.start("apart")
+def test_two_agents_on_two_notebooks_do_not_meet(shared: Agent, other: Agent) -> None:
+    with own_session(other) as path:
         calls = [
             asker.begin(
                 "execute_code",
@@ -430,4 +494,3 @@ def test_two_agents_on_two_notebooks_do_not_meet(shared: Agent, workspace: Path)
         assert all("left" in text and "right" not in text for text in texts[::2])
         assert all("right" in text and "left" not in text for text in texts[1::2])
         assert "left" not in path.read_text()
-        other.shutdown()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import signal
@@ -13,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.helpers_agent import Agent, Gate, agent, cells, edit_by_hand, log_of, outputs_of
+from tests.helpers_agent import Agent, Gate, agent, cells, edit_by_hand, keeper_of, log_of, outputs_of
 
 Facts = dict[str, Any]
 
@@ -216,8 +214,10 @@ def test_every_attempt_is_in_the_log(opened: Agent, study: Path) -> None:
     opened.call("delete_cell", **ask)
     mine = [entry for entry in log_of(study) if entry.get("cell_id") == cell]
     assert [(entry["event"], entry["source"]) for entry in mine] == [
+        ("begin", "print(1 / 0)"),
         ("run", "print(1 / 0)"),
         ("edit", "print(1 / 1)"),
+        ("begin", "print(1 / 1)"),
         ("run", "print(1 / 1)"),
         ("edit", "print('not run')"),
         ("delete", "print('not run')"),
@@ -279,11 +279,6 @@ def test_a_notebook_that_a_person_broke_is_left_to_them(opened: Agent, study: Pa
     study.write_bytes(good)
     opened.run("1")
     assert outputs_of(study, cell) == "done anyway\n"
-
-
-def keeper_of(session: str) -> psutil.Process:
-    found = [json.loads(path.read_text()) for path in Path(os.environ["INTERP_RUNTIME_DIR"]).rglob("session.json")]
-    return psutil.Process(next(facts["pid"] for facts in found if facts["id"] == session))
 
 
 def test_a_full_disk_is_told_and_costs_nothing_but_the_file(opened: Agent, study: Path, gate: Gate) -> None:

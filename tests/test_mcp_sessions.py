@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
@@ -29,7 +30,7 @@ from interp_kernel.errors import SessionError
 from interp_kernel.mcp import sessions
 from interp_kernel.mcp.kernels import LocalKernel, Message
 from tests.conftest import processes_of
-from tests.helpers_agent import Agent, Gate, agent, cells, log_of
+from tests.helpers_agent import Agent, Gate, agent, cells, ending_sessions, log_of
 from tests.helpers_lab import lab_server, write_notebook
 from tests.helpers_mcp import call, read
 from tests.helpers_worker import wait_until
@@ -37,11 +38,8 @@ from tests.helpers_worker import wait_until
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("workspace")
-    yield folder
-    with agent(folder) as last:
-        for facts in last.call("list_sessions")["sessions"]:
-            last.call("shutdown_session", session_id=facts["session_id"])
+    with ending_sessions():
+        yield tmp_path_factory.mktemp("workspace")
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +146,7 @@ def test_idle_session_ends_with_its_kernel_and_a_busy_one_does_not(workspace: Pa
         start = time.monotonic()
         short.begin_cell(f"{gate.code}print('late')")
         gate.wait()
-        wait_until(lambda: time.monotonic() - start > 2.5)
+        wait_until(lambda: time.monotonic() - start > 1.8)
         assert keeper.is_running()
         gate.open()
         wait_until(lambda: not process_exists(keeper.pid) and not process_exists(kernel.pid))
@@ -174,14 +172,27 @@ def test_notebook_of_a_session_that_is_ending_is_opened_when_it_has_ended(opened
     opened.run("1")
     [keeper] = keepers()
     first, kernel = opened.session, psutil.Process(int(opened.info()["kernel_pid"]))
-    kernel.suspend()  # it is killed in the end, after some seconds
+    kernel.suspend()
     ended = opened.begin("shutdown_session", session_id=first)
     wait_until((sessions.root() / first / sessions.ENDING).exists)
     assert other.call("list_sessions")["sessions"] == []
-    assert other.resume(path.name, rerun=False)["session_id"] != first
+    resumed = other.begin("start_session_resume_notebook", notebook_path=path.name, rerun=False)
+    wait_until(is_locked)  # so it is about to start a keeper, and waits for the other's end
+    kernel.resume()
+    other.session = (resumed.result().structuredContent or {})["session_id"]
+    assert other.session != first
     assert not process_exists(keeper.pid)
     assert not ended.result().isError
     other.shutdown()
+
+
+def is_locked() -> bool:
+    with (sessions.root() / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 def test_process_with_the_id_of_a_keeper_that_is_gone_is_not_taken_for_it(opened: Agent) -> None:
@@ -231,6 +242,36 @@ def test_reply_that_arrives_while_the_next_request_is_sent_is_read(tmp_path: Pat
                 return
 
     anyio.run(study)
+
+
+def test_output_that_comes_while_its_reader_is_busy_is_kept(tmp_path: Path) -> None:
+    count = 6_000
+    code = f"""
+import pathlib, sys
+for n in range({count}):
+    sys.stdout.write(str(n) + ' x' * 2_500 + chr(10))
+    sys.stdout.flush()
+pathlib.Path('over').touch()
+"""
+
+    async def study() -> str:
+        kernel = LocalKernel(tmp_path, tmp_path, dict(os.environ))
+        await kernel.start()
+        try:
+            kernel.send("execute_request", {"code": code, "silent": False})
+            wait_until((tmp_path / "over").exists)  # nothing else is done meanwhile, as in a long save
+            text = ""
+            with anyio.fail_after(20):
+                async for message in kernel.messages():
+                    content = message["content"]
+                    text += content["text"] if message["header"]["msg_type"] == "stream" else ""
+                    if text and content.get("execution_state") == "idle":
+                        return text
+        finally:
+            await kernel.stop()
+        raise AssertionError
+
+    assert [int(line.split()[0]) for line in anyio.run(study).splitlines()] == list(range(count))
 
 
 # ------------------------------------------------------------------------------------------- restarting

@@ -21,8 +21,9 @@ from pydantic import AnyUrl
 
 from interp_kernel.agents import instructions
 from interp_kernel.catalogue import package_techniques
-from interp_kernel.mcp.runs import comparable
-from tests.helpers_agent import Agent, Gate, agent, cells, log_of
+from interp_kernel.mcp.outputs import comparable
+from tests.conftest import stop_workers
+from tests.helpers_agent import Agent, Gate, agent, cells, ending_sessions, log_of, outputs_of
 from tests.helpers_mcp import command, text_of
 from tests.helpers_worker import wait_until
 
@@ -40,11 +41,8 @@ WITHOUT_SESSION |= {"list_sessions", "list_techniques", "describe_technique"}
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("workspace")
-    yield folder
-    with agent(folder) as last:
-        for facts in last.call("list_sessions")["sessions"]:
-            last.call("shutdown_session", session_id=facts["session_id"])
+    with ending_sessions():
+        yield tmp_path_factory.mktemp("workspace")
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +227,18 @@ def test_variables_are_described(opened: Agent) -> None:
     assert not {"In", "Out", "numpy", "get_ipython"} & set(rows)
 
 
+def test_listing_variables_imports_nothing(opened: Agent) -> None:
+    opened.run(
+        "%%remote --keep big\nimport torch\nfrom techniques.logit_lens import logit_lens\nbig = torch.zeros(2, 3)"
+    )
+    listed = opened.call("list_variables", session_id=opened.session)["variables"]
+    rows = {row["name"]: (row["type"], row["value"]) for row in listed}
+    assert rows["big"][1].startswith("<RemoteValue torch.Tensor 2x3 float32 cpu")
+    assert rows["logit_lens"] == ("LazyImport", "<techniques.logit_lens.logit_lens, not imported here yet>")
+    assert "torch" not in rows
+    assert opened.ok("import sys\n'torch' in sys.modules") == "False"
+
+
 def test_busy_kernel_is_not_asked_for_its_variables(opened: Agent, gate: Gate) -> None:
     cell = opened.begin_cell(gate.code)
     gate.wait()
@@ -244,7 +254,7 @@ def test_kernel_that_does_not_answer_is_told(opened: Agent) -> None:
     kernel = psutil.Process(int(opened.info()["kernel_pid"]))
     kernel.suspend()
     try:
-        assert "did not answer within 10 s" in opened.refused("list_variables", session_id=opened.session)
+        assert "did not answer within 5 s" in opened.refused("list_variables", session_id=opened.session)
     finally:
         kernel.resume()
     assert opened.ok("1") == "1"
@@ -252,23 +262,22 @@ def test_kernel_that_does_not_answer_is_told(opened: Agent) -> None:
 
 SWALLOWS = """
 session = get_ipython().kernel.session
-send, lost = session.send, {lost!r}
+send = session.send
 
-def swallow(stream, message, content=None, *rest, **options):
-    kind = message["header"]["msg_type"] if isinstance(message, dict) else message
-    if kind == lost and (kind != "status" or content["execution_state"] == "idle"):
+def swallow(stream, message, *rest, **options):
+    if message == "execute_reply":
         session.send = send
         return None
-    return send(stream, message, content, *rest, **options)
+    return send(stream, message, *rest, **options)
 
 session.send = swallow
 'kept'
 """
 
 
-@pytest.mark.parametrize("lost", ["execute_reply", "status"])
-def test_end_of_a_cell_that_gets_lost_is_found(lost: str, opened: Agent) -> None:
-    facts = opened.run(SWALLOWS.format(lost=lost), wait_s=30)
+def test_end_of_a_cell_whose_reply_gets_lost_is_found(opened: Agent) -> None:
+    """As on a broken line to a Jupyter server; a lost idle status is in test_mcp_faults."""
+    facts = opened.run(SWALLOWS, wait_s=30)
     assert (facts["state"], facts["text"]) == ("done", "'kept'")
     assert any("did not arrive" in note for note in facts["notes"])
     assert opened.ok("1") == "1"
@@ -418,7 +427,7 @@ def test_prepared_session_has_a_client_and_knows_how_to_work(made: Agent) -> Non
 
 def test_model_of_the_operator_is_in_the_notebook_for_every_cell(workspace: Path) -> None:
     options = {"model_name": "demo", "scaledown_window": 120.0}
-    with agent(workspace, "--model", json.dumps(options), INTERP_MODEL="elsewhere") as made:
+    with agent(workspace, "--model", json.dumps(options), INTERP_MODEL="elsewhere", HF_TOKEN="hf_token") as made:
         path = made.start("operator")
         assert nbformat.read(path, as_version=4).metadata["interp"] == options
         made.read("init_session", session_id=made.session)
@@ -426,6 +435,10 @@ def test_model_of_the_operator_is_in_the_notebook_for_every_cell(workspace: Path
         assert cells(path)[0]["source"].splitlines()[2] == line
         assert made.ok("import os\nos.environ.get('INTERP_MODEL')") == ""
         assert "stays warm 2 min" in made.ok("%remote start")
+        cell = made.run("%%remote\nimport os\nprint('HF_TOKEN' in os.environ)")["cell_id"]
+        stop_workers()
+        assert made.call("run_all", session_id=made.session)["replay"]["state"] == "done"
+        assert outputs_of(path, cell) == "True\n"  # the new worker, too, has the token that the kernel must not have
         made.shutdown()
 
 

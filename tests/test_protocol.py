@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import os
 import socket
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +26,13 @@ from interp_kernel.protocol import (
     BLOB_MIN,
     BlobStore,
     Channel,
+    Head,
     Packed,
     TooLargeError,
     content_digest,
+    decode_head,
     dumps,
+    encode_head,
     loads,
     peer,
 )
@@ -82,6 +87,38 @@ def test_messages_arrive_whole_however_the_stream_is_cut(
                 arrived.append(message)
     assert [(head, [bytes(f) for f in frames]) for head, frames, _ in arrived] == messages
     assert all(file is None for *_, file in arrived)
+
+
+class Name(str):
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "whatever"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+@pytest.mark.parametrize("head", [{"seq": 1}, {"verb": "submit"}, {"verb": "hello"}], ids=str)
+def test_a_head_arrives_as_plain_data(head: Head) -> None:
+    more = OrderedDict(none=None, yes=[True])
+    sent = {"text": "\ud800 é", Name("red"): Level.HIGH, "n": np.float64(0.5), "more": more}
+    arrived = decode_head(bytearray(encode_head({**head, **sent})))
+    assert arrived == {**head, "text": "\ud800 é", "red": 3, "n": 0.5, "more": {"none": None, "yes": [True]}}
+    types = [type(part) for part in (*arrived, *arrived.values())]
+    assert set(types) <= {str, int, float, dict}
+
+
+@pytest.mark.parametrize("value", [np.int64(3), np.zeros(2), torch.zeros(2), Name, object(), len], ids=repr)
+def test_a_head_takes_nothing_else(value: Any) -> None:
+    with pytest.raises(TypeError, match=f"A {type(value).__name__} can't be part of a message, .* of plain data"):
+        encode_head({"seq": 1, "data": {"text/plain": [value]}})
+
+
+def test_a_hello_can_be_read_by_any_version() -> None:
+    for hello in ({"verb": "hello", "client": "c"}, {"event": "reply", "request": None, "value": {"protocol": 9}}):
+        assert json.loads(Packed(hello).encode()[4 + 8 :]) == hello
 
 
 def test_the_end_of_the_stream_is_an_error() -> None:

@@ -10,6 +10,8 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from interp_kernel import demo_model
-from interp_kernel.notebook.provenance import (
-    RUNS,
-    append,
-    git_state,
-    is_infrastructure,
-    notebook_hash,
-    read_attempts,
-    read_record,
-    read_runs,
-    source_hashes,
-    weights_hash,
-)
+from interp_kernel.notebook.files import RUNS, append, read_attempts, read_record, read_runs, replace
+from interp_kernel.notebook.provenance import git_state, is_infrastructure, notebook_hash, source_hashes, weights_hash
 from interp_kernel.notebook.run import run_notebook
 
 pytestmark = pytest.mark.usefixtures("no_warm_worker")
@@ -186,7 +178,7 @@ def test_second_run_of_a_notebook_is_a_second_attempt(tmp_path: Path) -> None:
 
 def test_a_notebook_that_runs_holds_no_record_of_an_earlier_run(tmp_path: Path) -> None:
     look = """from pathlib import Path
-from interp_kernel.notebook.provenance import read_record
+from interp_kernel.notebook.files import read_record
 [path.name for path in Path('.').glob('*.ipynb') if read_record(path)]"""
     source = write(tmp_path / "n.ipynb", new_code_cell(look, metadata={"tags": ["findings"]}))
     run_notebook(source, tmp_path / "a.ipynb", progress=False)
@@ -285,7 +277,7 @@ def test_no_checkout_is_no_fault(tmp_path: Path) -> None:
 APPEND = """
 import sys
 from pathlib import Path
-from interp_kernel.notebook.provenance import append
+from interp_kernel.notebook.files import append
 for attempt in range(100):
     append(Path(sys.argv[1]), {"key": sys.argv[2], "attempt": attempt, "text": sys.argv[2] * 30000})
 """
@@ -299,19 +291,36 @@ def test_lines_of_many_processes_do_not_mix(tmp_path: Path) -> None:
     assert {(line["key"], line["attempt"]) for line in lines} == {(key, i) for key in "abc" for i in range(100)}
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
-    append(tmp_path, {"key": "a", "attempt": 1})
-    whole = (tmp_path / RUNS).read_bytes()
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond so many bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 50, before[1]))
-        with pytest.raises(OSError, match="File too large"):
-            append(tmp_path, {"key": "b" * 100, "attempt": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    append(tmp_path, {"key": "a", "attempt": 1})
+    whole = (tmp_path / RUNS).read_bytes()
+    with files_limited_to(len(whole) + 50), pytest.raises(OSError, match="File too large"):
+        append(tmp_path, {"key": "b" * 100, "attempt": 1})
     assert (tmp_path / RUNS).read_bytes() == whole
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = replace(tmp_path / "x", "one \ud800 é")
+    assert path.read_text(encoding="utf-8") == "one ? é"
+    path.chmod(0o640)
+    with files_limited_to(50), pytest.raises(OSError, match="File too large"):
+        replace(path, "x" * 100)
+    assert list(tmp_path.iterdir()) == [path]
+    assert replace(path, path.read_text(encoding="utf-8") + "!").read_text(encoding="utf-8") == "one ? é!"
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_torn_lines_are_passed_over_and_not_joined(tmp_path: Path) -> None:

@@ -84,9 +84,8 @@ def test_what_moved_is_named_cell_by_cell(tmp_path: Path, capsys: pytest.Capture
         "is_close": False,
     }
 
-    assert main([*again, "--rtol", "0.6"]) == 0
+    assert main([*again, "--atol", "0.15", "--rtol", "0.25"]) == 0  # neither would be enough
     assert last_json(capsys.readouterr().out)["status"] == "close"
-    assert main([*again, "--atol", "0.25", "--rtol", "0"]) == 0
     assert before.read_bytes() == stored
 
 
@@ -132,7 +131,7 @@ def test_a_failure_that_fails_again_is_reproduced(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(NotebookError, match=r"in\.ipynb holds no outputs, .* Run it first: interp-kernel run"):
         reproduce(write(tmp_path, "print(1)"), tmp_path / "again.ipynb")
-    before = ran(tmp_path, "print(1)")
+    before = write(tmp_path, new_code_cell("1", execution_count=1))
     with pytest.raises(NotebookError, match="is the notebook itself"):
         reproduce(before, before)
     with pytest.raises(SpecError, match="'colour' is not known"):

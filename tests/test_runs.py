@@ -39,8 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             new_code_cell("{'found': layer * 2, 'all': [1, None]}", metadata={"tags": ["findings"]}, id="third"),
         ]
         spec = {"name": kernel, "display_name": "p", "language": "python"}
-        model = {"model": "demo", "dtype": "bfloat16"}  # no other test's worker is warm for it
-        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": spec, "interp": model}), top / "n.ipynb")
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": spec, "interp": "demo"}), top / "n.ipynb")
         run_notebook(top / "n.ipynb", top / f"{name}.ipynb", {"layer": layer}, progress=False)
     return top
 

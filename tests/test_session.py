@@ -10,13 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
 from interp_kernel import session as session_module
-from interp_kernel.backends.local import process_exists
+from interp_kernel.backends.local import LocalLink, process_exists
 from interp_kernel.errors import CallTimeoutError, WorkerError
 from interp_kernel.protocol import Head, Packed
 from interp_kernel.session import Session
@@ -62,6 +63,98 @@ def session(connect: Connect) -> Session:
 def gated(gate: Path) -> str:
     """A cell that says that it runs, and runs until a file is there."""
     return f"import os, time\nprint('ready', flush=True)\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.005)\n"
+
+
+# ---------------------------------------------------------------------------- one call right after another
+
+
+WOKEN = """
+import pathlib, threading
+ids = [t.native_id for t in threading.enumerate() if t.name == 'interp-connection']
+facts = [pathlib.Path(f'/proc/self/task/{i}/status').read_text() for i in ids]
+n = sum(int(text.partition('\\nvoluntary_ctxt_switches:')[2].split()[0]) for text in facts)
+"""
+
+
+def test_calls_one_after_another_wake_no_second_thread(session: Session) -> None:
+    def hardly_wakes_one() -> bool:
+        before = run_cell(session, WOKEN)["n"]
+        for i in range(100):
+            assert run_cell(session, "v = i + 1", i=i)["v"] == i + 1
+        return bool(run_cell(session, WOKEN)["n"] - before < 50)
+
+    wait_until(hardly_wakes_one, 60)  # not the first time, perhaps, on a busy machine
+
+
+def test_a_stop_reaches_a_call_that_came_right_after_another(session: Session) -> None:
+    for _ in range(5):
+        assert run_cell(session, "v = 1")["v"] == 1
+        answer = run_cell(session, "print('ready', flush=True)\nwhile True: pass", at={"ready": press_stop})
+        assert answer.error == "KeyboardInterrupt: "
+
+
+AFTER_A_CALL = {
+    "half a message": (Packed({"verb": "hello"}).encode()[:-3], None),
+    "a question": (Packed({"verb": "complete", "text": "model.conf", "names": {}, "request": 1}).encode(), "reply"),
+    "a call that is none": (Packed({"verb": "submit"}).encode(), "the end"),
+    "no message": (b"\0\0\0\1" + (5).to_bytes(8, "big") + b"{not ", "the end"),
+    "another worker's call": (Packed({"verb": "submit", "id": "x", "generation": "y"}).encode(), "missing"),
+}
+
+
+@pytest.mark.parametrize("what", AFTER_A_CALL)
+def test_whatever_follows_a_call_harms_no_other_client(what: str, connect: Connect) -> None:
+    session, other = connect(), connect()
+    rest, expected = AFTER_A_CALL[what]
+    head = {"verb": "submit", "kind": "function", "id": session.new_id(), "generation": session.generation}
+    call = Packed({**head, "client": session.client}, session.ship((lambda *_: "done", (), {})).frames)
+    for _ in range(3):
+        call.head["id"] = session.new_id()
+        link = session.backend.attach(session.client)
+        assert isinstance(link, LocalLink)
+        link._channel.sock.sendall(call.encode() + rest[:5])
+        result = link.receive(10)
+        assert result is not None
+        link._channel.sock.sendall(rest[5:])  # now, as a rule, the main thread waits for it
+        assert (result[0]["event"], result[0]["call"]) == ("result", call.head["id"])
+        try:
+            after = link.receive(10 if expected else 0.05)
+            assert (after and after[0]["event"]) == expected
+        except (EOFError, ConnectionError):
+            assert expected == "the end"
+        assert run_cell(other, "v = 1", timeout=10)["v"] == 1
+        link.close()
+    wait_until(lambda: other.ask({"verb": "hello"})["clients"] == 2)
+
+
+@pytest.mark.soak
+def test_clients_that_hurry_and_stop_get_their_own_answers(connect: Connect) -> None:
+    end = time.monotonic() + 20
+
+    def hurry(session: Session, factor: int) -> int:
+        n = 0
+        while time.monotonic() < end:
+            n += 1
+            assert run_cell(session, f"v = n * {factor}", n=n)["v"] == n * factor
+            if n % 7 == 0:
+                assert session.ask({"verb": "complete", "text": "model.conf", "names": {}}, 10)
+            time.sleep(n % 50 * 1e-4)  # pauses shorter and longer than the worker waits for the next call
+        return n
+
+    def stop(session: Session) -> int:
+        n = 0
+        while time.monotonic() < end:
+            n += 1
+            head = {"id": session.new_id()}
+            call = threads.submit(run_cell, session, "while True: pass", head=head, timeout=10)
+            wait_until(partial(session.interrupt, head["id"]))
+            assert str(call.result().error).startswith("KeyboardInterrupt")
+        return n
+
+    with ThreadPoolExecutor() as threads:
+        counts = [threads.submit(hurry, connect(), 2), threads.submit(hurry, connect(), 3)]
+        counts.append(threads.submit(stop, connect()))
+        assert all(count.result() >= 10 for count in counts)
 
 
 # ------------------------------------------------------------------------------------------ exactly once

@@ -177,12 +177,18 @@ def test_unreadable_files_are_refused(folder: Path) -> None:
             r"study.yaml, line 4: .*no parameter 'layr'.*'layer'",
         ),
         ("notebooks: a.ipynb\ngrid:\n  layer: [1, deep]", NotebookError, r"line 3: Parameter 'layer' of .* is 'deep'"),
-        ("notebooks: [a.ipynb, c.ipynb]", NotebookError, r"c.ipynb doesn't exist"),
+        (
+            "notebooks:\n  - a.ipynb\n  - d/a.ipynb",
+            NotebookError,
+            r"study.yaml, line 3: .*d/a.ipynb doesn't exist; expected a notebook\.$",
+        ),
+        ("notebooks: aa.ipynb", NotebookError, r"study.yaml, line 1: .* expected a notebook. Did you mean 'a.ipynb'\?"),
+        ("notebooks: a.ipynb\nmodels:\n  - demo\n  - model: 3", SpecError, r"study.yaml, line 4: .*3"),
         ("notebooks: b.ipynb\nseeds: [1]", NotebookError, r"b.ipynb has no parameter 'seed'"),
         (
             "notebooks: a.ipynb\nmodels: [{model: demo, dtyp: float32}]",
             SpecError,
-            r"'dtyp' is not known.*Did you mean 'dtype'",
+            r"study.yaml, line 2: .*'dtyp' is not known.*Did you mean 'dtype'",
         ),
     ],
 )

@@ -29,7 +29,7 @@ from interp_kernel import track
 try:
     with track("run", {"layer": 3}, folder=sys.argv[1], wandb=sys.argv[2], project="p") as run:
         run.log({"loss": 0.5}, step=4)
-        run.log_table("rows", [{"a": 1, "b": "x"}])
+        run.log_table("rows", [{"a": 1, "b": "x"}, {"a": float("nan"), "b": 3}])
         raise RuntimeError("the model diverged")
 except RuntimeError:
     print(run.folder)
@@ -189,7 +189,7 @@ def test_offline_run_holds_config_values_and_the_failure(tmp_path: Path) -> None
     history = [record.history for record in records if record.WhichOneof("record_type") == "history"]
     logged = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for h in history for item in h.item}
     assert (logged["loss"], logged["_step"]) == (0.5, 4)
-    assert (logged["rows._type"], logged["rows.nrows"], logged["rows.ncols"]) == ("table-file", 1, 2)
+    assert (logged["rows._type"], logged["rows.nrows"], logged["rows.ncols"]) == ("table-file", 2, 2)
     assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [1]
     facts = yaml.safe_load((folder / "summary.yaml").read_text())
     assert (facts["status"], facts["evalue"], facts["wandb"]["mode"]) == ("failed", "the model diverged", "offline")
@@ -222,4 +222,4 @@ def test_missing_package_is_told_with_the_command_that_installs_it(tmp_path: Pat
     (absent / "wandb.py").write_text("raise ModuleNotFoundError('No module named wandb')")
     folder, warned = run_script(tmp_path / "runs", "online", PYTHONPATH=str(absent))
     assert "wandb is not installed. Install it with `pip install interp-kernel[wandb]`." in warned
-    assert lines(folder / "tables" / "rows.jsonl") == [{"a": 1, "b": "x"}]
+    assert lines(folder / "tables" / "rows.jsonl") == [{"a": 1, "b": "x"}, {"a": "NaN", "b": 3}]

@@ -94,7 +94,7 @@ def launch(agent: str, workspace: Path, task: str | None, model: str | None) -> 
         run.record.exit_code = _converse(run, start) if task is not None else _attach(run, start)
     except KeyboardInterrupt:
         run.finish("interrupted", STOPPED)
-        raise
+        return run
     except BaseException as error:
         run.finish("failed", f"{type(error).__name__}: {error}")
         raise

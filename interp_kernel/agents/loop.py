@@ -94,7 +94,6 @@ def run_loop(workspace: Path, task: str, base_url: str, model: str, limits: Limi
         run.finish(*asyncio.run(_carry_out(run, task, base_url, limits)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         run.finish("interrupted", STOPPED)
-        raise KeyboardInterrupt from None
     except BaseException as error:
         run.finish("failed", f"{type(error).__name__}: {error}")
         raise

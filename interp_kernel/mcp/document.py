@@ -123,6 +123,10 @@ class Document:
         self.cells.remove(cell)
         self.cells.insert(self.cells.index(anchor) + 1 if anchor else 0, cell)
 
+    def tell(self, news: str) -> None:
+        """Have something told by whoever asks next."""
+        self._news.append(news)
+
     def news(self) -> list[str]:
         """What others did to the file since this was last asked."""
         news, self._news = self._news, []

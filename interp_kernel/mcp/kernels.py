@@ -15,6 +15,8 @@ from interp_kernel.errors import SessionError
 
 START_S = 60.0
 STOP_S = 5.0
+QUEUED_MESSAGES = 50_000
+"""How many of a kernel's messages may wait here to be read; what comes beyond them is lost, as the cell then says."""
 Message = dict[str, Any]
 
 
@@ -116,6 +118,7 @@ class LocalKernel:
             )
         self.pid = manager.provisioner.pid
         self._client = manager.client()
+        self._client.context.rcvhwm = QUEUED_MESSAGES
         self._client.start_channels(hb=False)
         await self._client.wait_for_ready(timeout=START_S)
         self._queue = asyncio.Queue()

@@ -1,6 +1,7 @@
 """The log of attempts beside a notebook: every source, edit, output and time, in the order in which they happened.
 
-The notebook shows where a study ended; the log shows how it got there, with all that was edited away or failed.
+The notebook shows where a study ended; the log shows how it got there, with all that was edited away or failed. A run
+has an entry when it begins and one when it ends, so that one whose keeper is killed is there too.
 `NAME.attempts/log.jsonl` is only ever appended to. What a cell put out beyond what its notebook keeps is in
 `NAME.attempts/RUN.txt`.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,18 @@ class AttemptLog:
         entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
         line = json.dumps(entry, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
         self._write(self.path, line)
+
+    def unended(self) -> list[str]:
+        """Ids of cells whose last run has begun and has no end here, for whoever kept it was killed."""
+        begun: dict[str, None] = {}
+        with suppress(OSError), self.path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with suppress(ValueError):  # the last line of a full disk
+                    entry = json.loads(line)
+                    begun |= {entry["cell_id"]: None} if entry["event"] == "begin" else {}
+                    if entry["event"] in ("run", "lost"):
+                        begun.pop(entry["cell_id"], None)
+        return list(begun)
 
     def run_text(self, run: str) -> RunText:
         """Where the text of one run goes."""

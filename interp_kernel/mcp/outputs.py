@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from interp_kernel.mcp.compact import WIDGET
 from interp_kernel.mcp.mask import Mask
 from interp_kernel.notebook.terminal import shown
 
@@ -170,17 +173,14 @@ class Outputs:
         return text
 
     def _add_output(self, kind: str, content: dict[str, Any]) -> None:
+        output = self._error(content) if kind == "error" else {"output_type": kind, **self._bundle(content)}
         if len(self._parts) >= MAX_OUTPUTS and kind != "error":
             self.left_out += 1
             return
-        if kind == "error":
-            output = self._error(content)
-        else:
-            output = {"output_type": kind, **self._bundle(content)}
-            if kind == "execute_result":
-                output["execution_count"] = content.get("execution_count")
-            if display_id := content.get("transient", {}).get("display_id"):
-                self._displays.setdefault(display_id, []).append(output)
+        if kind == "execute_result":
+            output["execution_count"] = content.get("execution_count")
+        if display_id := content.get("transient", {}).get("display_id"):
+            self._displays.setdefault(display_id, []).append(output)
         self._parts.append(output)
 
     def _error(self, content: dict[str, Any]) -> Output:
@@ -211,3 +211,23 @@ def shortened(text: str) -> str:
     if left_out <= 0:
         return text
     return f"{text[:HEAD_CHARS]}\n[... {left_out} characters left out here ...]\n{text[-TAIL_CHARS:]}"
+
+
+def comparable(outputs: list[Output]) -> list[Output]:
+    """Outputs without what differs between two equal runs: counts, metadata, progress, addresses and load times."""
+    kept = []
+    for output in outputs:
+        if is_progress(output):
+            continue
+        fields = {name: value for name, value in output.items() if name not in ("metadata", "execution_count")}
+        text = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x", json.dumps(fields))
+        text = re.sub(r"'load_s': [\d.]+", "'load_s'", text)  # of client.model_info()
+        kept.append(json.loads(re.sub(r"\[\d+:\d+<[^\]\"]*\]", "[]", text)))  # of tqdm
+    return kept
+
+
+def is_progress(output: Output) -> bool:
+    """Whether an output says how a run got on, and nothing of what came out: a bar, a load, a widget."""
+    data = output.get("data", {})
+    html = str(data.get("text/html", ""))
+    return WIDGET in data or "<progress " in html or bool(re.fullmatch(r"<code>\S+ loaded in [\d.]+ s</code>", html))

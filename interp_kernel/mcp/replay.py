@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from interp_kernel.errors import SessionError
-from interp_kernel.mcp.outputs import Output
-from interp_kernel.mcp.runs import Runner, comparable
+from interp_kernel.mcp.outputs import Output, comparable
+from interp_kernel.mcp.runs import Runner
 
 EXCERPT_CHARS = 160
 STOPPED = ("KeyboardInterrupt", "KernelDiedError")

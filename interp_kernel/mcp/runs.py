@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import re
 import time
 import traceback
 from collections import deque
@@ -13,12 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from interp_kernel.errors import SessionError
-from interp_kernel.mcp.compact import WIDGET
 from interp_kernel.mcp.document import Cell, Document
 from interp_kernel.mcp.kernels import Kernel, Message
 from interp_kernel.mcp.log import AttemptLog, RunText
 from interp_kernel.mcp.mask import Mask
-from interp_kernel.mcp.outputs import Output, Outputs
+from interp_kernel.mcp.outputs import Outputs, comparable
 
 TICK_S = 0.1
 SILENT_S = 2.0  # then the kernel is asked for a sign, which it gives once the cell has ended
@@ -26,6 +24,8 @@ LOST_S = 1.0  # after that sign; by then the end of the cell would have come
 SAVE_EVERY_S = 1.0
 SAVE_SHARE = 20
 """Between two saves in mid-cell lies at least this many times the duration of the last."""
+LATE_MESSAGES = 10
+"""Threads of a kernel may hand over as many in another order than they were counted in."""
 FINISHED = ("done", "failed", "interrupted", "died", "cancelled")
 
 
@@ -55,11 +55,25 @@ class Run:
     heard: float = 0.0
     sign_id: str = ""
     sign: float | None = None
+    first: int = 0  # the kernel counts its messages: the number of the first that is of this run
+    last: int = 0
+    taken: int = 0  # how many have come since the first
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
     def elapsed_s(self) -> float:
         """Seconds since it started."""
         return time.monotonic() - self.started if self.state == "running" else self.seconds
+
+    def count_message(self, number: int) -> None:
+        """Note that a message of the kernel has come."""
+        self.first = self.first or number
+        if number >= self.first:
+            self.last, self.taken = max(self.last, number), self.taken + 1
+
+    def lost(self) -> int:
+        """How many messages the kernel has sent in this run that never came; a few may only be late."""
+        missing = self.last - self.first + 1 - self.taken
+        return missing if missing > LATE_MESSAGES else 0
 
     def facts(self) -> dict[str, Any]:
         """The run as answers tell it."""
@@ -199,6 +213,7 @@ class Runner:
         self.save()
         content = {"code": run.source, "silent": False, "store_history": True, "user_expressions": {}}
         asked = {**content, "allow_stdin": False, "stop_on_error": False}
+        self.log.append("begin", number=run.number, cell_id=run.cell_id, source=self.mask.text(run.source))
         run.message_id = self.kernel.send("execute_request", asked)
         self._by_message[run.message_id] = run
         self.cells_run += 1
@@ -218,6 +233,9 @@ class Runner:
             return
         run.seconds = run.elapsed_s()
         run.state = state
+        if lost := run.lost():
+            said = f"[{lost} messages of the kernel got lost, for they came too fast: there was more output.]\n"
+            run.outputs.add("stream", {"name": "stderr", "text": said})
         run.outputs.close()
         if why:
             run.error = run.error or {"ename": "KernelDiedError" if state == "died" else "CellStopped", "evalue": why}
@@ -245,7 +263,8 @@ class Runner:
             run.notes = [note]
             return
         if cell.kind == "code" and run.state not in ("queued", "cancelled"):
-            self.document.set_outputs(cell, run.outputs.render(), run.count)
+            # A cell that has a count has ended, also if its keeper should be killed now.
+            self.document.set_outputs(cell, run.outputs.render(), run.count if run.state in FINISHED else None)
 
     def _log(self, run: Run) -> None:
         outputs = run.outputs.render()
@@ -266,7 +285,7 @@ class Runner:
 
     # ------------------------------------------------------------------------------------------ messages
 
-    async def ask(self, expression: str, timeout_s: float = 10.0) -> dict[str, Any]:
+    async def ask(self, expression: str, timeout_s: float = 5.0) -> dict[str, Any]:
         """Value of an expression in the idle kernel, as `user_expressions` reply with it.
 
         Raises:
@@ -279,8 +298,7 @@ class Runner:
                 f"The kernel has been busy with cell {self.current.cell_id} for {self.current.elapsed_s():.0f} s and "
                 "can't be asked. Use wait to see its end, or interrupt to stop it."
             )
-        content = {"code": "", "silent": True, "store_history": False, "allow_stdin": False, "stop_on_error": False}
-        message_id = self.kernel.send("execute_request", {**content, "user_expressions": {"value": expression}})
+        message_id = self._ask_for(expression)
         self._asked[message_id] = asyncio.get_running_loop().create_future()
         try:
             reply = await asyncio.wait_for(self._asked[message_id], timeout_s)
@@ -292,6 +310,11 @@ class Runner:
             self._asked.pop(message_id, None)
         return dict(reply.get("user_expressions", {}).get("value", {}))
 
+    def _ask_for(self, expression: str) -> str:
+        """Send a request for a value, and return its id."""
+        content = {"code": "", "silent": True, "store_history": False, "allow_stdin": False, "stop_on_error": False}
+        return self.kernel.send("execute_request", {**content, "user_expressions": {"value": expression}})
+
     async def _read(self) -> None:
         async for message in self.kernel.messages():
             self._take(message)
@@ -301,9 +324,10 @@ class Runner:
         parent = message.get("parent_header", {}).get("msg_id", "")
         if kind == "execute_reply" and (asked := self._asked.get(parent)) is not None and not asked.done():
             asked.set_result(content)
-        if self.current is not None and kind == "kernel_info_reply" and parent == self.current.sign_id:
+        if self.current is not None and kind == "execute_reply" and parent == self.current.sign_id:
             self.current.sign = time.monotonic()
         run = self._by_message.get(parent)
+        self._count(message["header"], parent)
         if run is None:
             return
         run.heard = time.monotonic()
@@ -320,6 +344,14 @@ class Runner:
             self._unsaved.add(run.cell_id)
         if run is self.current and run.reply is not None and run.is_idle:
             self._finish(run, self._how_it_ended(run))
+
+    def _count(self, header: dict[str, Any], parent: str) -> None:
+        """Count a message in, where all that a kernel sends comes here: a Jupyter server has other clients too."""
+        now, number = self.current, header["msg_id"].rpartition("_")[2]
+        if now is None or self.kernel.url is not None or not number.isdecimal():
+            return
+        if parent == now.message_id or (now.first and (not parent or parent != now.sign_id)):
+            now.count_message(int(number))
 
     def _update_display(self, content: dict[str, Any]) -> None:
         display_id = content.get("transient", {}).get("display_id", "")
@@ -343,14 +375,14 @@ class Runner:
                 return
 
     def _look_for_a_lost_end(self, run: Run) -> None:
-        """Finish a run whose reply or idle status was lost, as when the cell itself drops one, or a full
-        queue of the kernel does.
+        """Finish a run whose reply or idle status was lost, as in a full queue of the kernel or on a broken line.
 
-        A kernel answers on one channel in order: what it is asked after the cell it answers after the cell.
+        A kernel runs one after the other what it is asked to run. Other questions it may answer while the cell
+        runs: ours does so while it waits for a worker.
         """
         now = time.monotonic()
         if not run.sign_id and now - run.heard > SILENT_S:
-            run.sign_id = self.kernel.send("kernel_info_request", {})
+            run.sign_id = self._ask_for("None")
         if run.sign is None or now - run.sign < LOST_S:
             return
         if run.reply is None:
@@ -382,23 +414,3 @@ class Runner:
                 self._show(run)
             self._unsaved.clear()
             self.save()
-
-
-def comparable(outputs: list[Output]) -> list[Output]:
-    """Outputs without what differs between two equal runs: counts, metadata, progress, addresses and load times."""
-    kept = []
-    for output in outputs:
-        if is_progress(output):
-            continue
-        fields = {name: value for name, value in output.items() if name not in ("metadata", "execution_count")}
-        text = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x", json.dumps(fields))
-        text = re.sub(r"'load_s': [\d.]+", "'load_s'", text)  # of client.model_info()
-        kept.append(json.loads(re.sub(r"\[\d+:\d+<[^\]\"]*\]", "[]", text)))  # of tqdm
-    return kept
-
-
-def is_progress(output: Output) -> bool:
-    """Whether an output says how a run got on, and nothing of what came out: a bar, a load, a widget."""
-    data = output.get("data", {})
-    html = str(data.get("text/html", ""))
-    return WIDGET in data or "<progress " in html or bool(re.fullmatch(r"<code>\S+ loaded in [\d.]+ s</code>", html))

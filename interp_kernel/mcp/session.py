@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -24,6 +25,8 @@ from interp_kernel.mcp.runs import FINISHED, Run, Runner
 
 REPORT_EVERY_S = 0.5
 INTERRUPT_S = 5.0
+WORKER = re.compile(r"^%%remote\b|\bInterpClient\(", re.MULTILINE)
+"""What a cell has that asks a worker."""
 Facts = dict[str, Any]
 Progress = Callable[[Facts], Awaitable[None]]
 
@@ -55,6 +58,11 @@ class Session:
         self.has_ended = False
         self._background: set[asyncio.Task[None]] = set()
         log.append("session", session_id=self.id, notebook=str(path), how=settings["how"])
+        for cell_id in log.unended():
+            self.document.tell(
+                f"Cell {cell_id} was running when its session was killed; it shows what came until then."
+            )
+            log.append("lost", cell_id=cell_id)
 
     def _make_kernel(self, path: Path, jupyter_url: str | None) -> Kernel:
         if jupyter_url:
@@ -144,7 +152,7 @@ class Session:
         return await self.watch(run, progress, wait_s)
 
     async def init(self, progress: Progress, model: Facts | None = None, wait_s: float = 45) -> Facts:
-        """Run a cell that makes `client`; its worker starts from here, where the tokens are that it may need."""
+        """Run a cell that makes `client`."""
         self.refuse_in_replay()
         self.take_in()
         if model and is_hidden(self.model):
@@ -152,10 +160,8 @@ class Session:
         if model:
             self.model = model
             self.document.metadata["interp"] = model
-        options = self.model or self.document.metadata.get("interp") or {}
-        with suppress(InterpError):  # the cell meets the same error, and tells it
-            await asyncio.to_thread(warm_worker, options)
-        return await self.execute(progress, setup_code(options), wait_s=wait_s)
+        await self.warm()
+        return await self.execute(progress, setup_code(self.options()), wait_s=wait_s)
 
     async def edit(
         self,
@@ -240,6 +246,8 @@ class Session:
         """Run every code cell in order in a fresh kernel and compare its outputs with those before."""
         self.refuse_in_replay()
         self.take_in()
+        if any(WORKER.search(cell.source) for cell in self.document.cells if cell.kind == "code"):
+            await self.warm()
         if fresh:
             await self.restart()
         self.replay = replay = Replay("run_all" if fresh else "resume")
@@ -283,6 +291,15 @@ class Session:
         return {**facts, "kernel": "dead", "unsaved_path": str(unsaved) if unsaved else None}
 
     # ------------------------------------------------------------------------------------------- parts
+
+    def options(self) -> Facts:
+        """Options of the model that the notebook is about."""
+        return self.model or self.document.metadata.get("interp") or {}
+
+    async def warm(self) -> None:
+        """Start the worker from here, where the tokens are that it may need: the kernel has none."""
+        with suppress(InterpError):  # the cell meets the same error, and tells it
+            await asyncio.to_thread(warm_worker, self.options())
 
     def take_in(self) -> None:
         """Read the file if somebody else has written it; one that can't be read is told with the next save."""

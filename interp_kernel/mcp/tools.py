@@ -405,6 +405,7 @@ class Tools:
             ran = await self._ask(facts["session_id"], "run_all", self._progress, wait_s=WAIT_S, fresh=False)
             return replay_answer({**ran, "notes": [*facts["notes"], *ran["notes"]]})
         else:
+            facts |= await self._ask(facts["session_id"], "read", limit=0)
             facts["notes"].insert(0, "The kernel is fresh: none of the notebook's cells has been run in it.")
         return session_answer(facts)
 

@@ -11,6 +11,7 @@ from typing import Any
 def listing(shell: Any) -> str:
     """Name, type and a short description of each of the user's variables, as JSON."""
     import json
+    import types
 
     def described(value: Any) -> str:
         kind = type(value)
@@ -19,7 +20,9 @@ def listing(shell: Any) -> str:
             return text if len(text) <= 80 else text[:77] + "..."
         if kind in (list, tuple, dict, set, frozenset):
             return f"{len(value)} items"
-        if kind.__module__.partition(".")[0] in ("torch", "numpy", "pandas", "interp_kernel"):
+        if kind.__name__ in ("RemoteValue", "LazyImport"):
+            return repr(value)  # an attribute of what a remote cell has imported would import it here
+        if kind.__module__.partition(".")[0] in ("torch", "numpy", "pandas"):
             facts = [(name, getattr(value, name, None)) for name in ("shape", "dtype", "device")]
             return ", ".join(f"{name} {fact}" for name, fact in facts if fact is not None)
         return ""
@@ -27,7 +30,7 @@ def listing(shell: Any) -> str:
     hidden = set(shell.user_ns_hidden)
     rows = []
     for name, value in list(shell.user_ns.items()):
-        if name.startswith("_") or name in hidden or type(value).__name__ == "module":
+        if name.startswith("_") or name in hidden or isinstance(value, types.ModuleType):
             continue
         rows.append({"name": name, "type": type(value).__name__, "value": described(value)})
     return json.dumps(rows)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_kernel.errors import InterpError, NotebookError, did_you_mean
+from interp_kernel.notebook.files import replace
 from interp_kernel.notebook.parameters import Parameter, check_parameters, declared_parameters
 
 CELL_TYPES = ("code", "markdown", "raw")
@@ -98,14 +99,7 @@ def mend(found: Examined) -> None:
     Raises:
         OSError: It can't be written.
     """
-    text = json.dumps(found.notebook, indent=1, ensure_ascii=False) + "\n"
-    scratch = found.path.with_name(f".{found.path.name}.mending")
-    try:
-        scratch.write_text(text, encoding="utf-8", errors="replace")
-        scratch.chmod(found.path.stat().st_mode)
-        scratch.replace(found.path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    replace(found.path, json.dumps(found.notebook, indent=1, ensure_ascii=False) + "\n")
 
 
 def typed(path: Path, texts: Mapping[str, str], parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -199,7 +193,8 @@ def _parse(path: Path) -> tuple[dict[str, Any], Counter[str]]:
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: constants.update([name]))
     except FileNotFoundError:
-        raise NotebookError(f"{path} doesn't exist; expected a notebook.") from None
+        hint = did_you_mean(path.name, [near.name for near in path.parent.glob("*.ipynb")])
+        raise NotebookError(f"{path} doesn't exist; expected a notebook.{hint}") from None
     except (ValueError, RecursionError, OSError) as error:
         raise NotebookError(f"{path} can't be read as a notebook: {error}.") from None
     if isinstance(notebook, dict) and notebook.get("nbformat") in (1, 2, 3):

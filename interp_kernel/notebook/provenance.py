@@ -1,12 +1,10 @@
-"""The record of a run: what ran on what, how long it took and how it ended; in the notebook and in a file of lines.
+"""The record of a run: what ran on what, how long it took and how it ended.
 
-The executed notebook holds it as `metadata.interp.run`. Beside the notebook, `runs.jsonl` gets a line when a run begins
-and one when it ends; nothing is ever rewritten there, and of each run's attempts the last line counts.
+The executed notebook holds it as `metadata.interp.run`; `files.py` adds it to the file of runs beside the notebook.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -18,15 +16,14 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from interp_kernel.notebook.executed import findings, input_index, traceback
+from interp_kernel.notebook.files import Facts, utc
 
 SCHEMA = 1
-RUNS = "runs.jsonl"
 KEY_DIGITS = 12
 REMOTE = re.compile(r"%remote|interp_kernel")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
@@ -35,7 +32,6 @@ TOTALS = ("load_s", "queue_s", "run_s", "return_s", "transfer_s", "sent_bytes", 
 INFRASTRUCTURE = {"WorkerDiedError", "WorkerError", "LostValueError", "DeadKernelError"}
 """Names of errors that no cell is to blame for. A handle is lost only with its worker."""
 
-Facts = dict[str, Any]
 OnCell = Callable[[int, int], None]
 """Called as a cell begins, with its index and the number of cells."""
 
@@ -223,11 +219,6 @@ def local_gpus() -> list[str]:
     return [line.partition(":")[2].strip() for text in texts for line in text.splitlines() if line.startswith("Model:")]
 
 
-def utc() -> str:
-    """The time now, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
 # --------------------------------------------------------------------------------------------- in a run
 
 
@@ -343,68 +334,3 @@ def is_infrastructure(status: str, ename: str | None, failed_cell: int | None) -
     if status in ("dead-kernel", "dead-runner"):
         return True
     return (status == "failed" and ename in INFRASTRUCTURE) or (status == "timeout" and failed_cell is None)
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def append(folder: Path, record: Mapping[str, Any]) -> None:
-    """Add a line to the folder's file of runs, whole or not at all, while others add theirs.
-
-    Raises:
-        OSError: The disk is full or the file can't be written.
-    """
-    line = json.dumps(record, default=str).encode() + b"\n"
-    with (folder / RUNS).open("a+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        size = os.fstat(file.fileno()).st_size
-        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-            line = b"\n" + line  # what stands there was cut off
-        try:
-            while line:
-                line = line[file.write(line) :]
-            os.fsync(file.fileno())
-        except OSError:
-            os.ftruncate(file.fileno(), size)
-            raise
-
-
-def lines(folder: Path) -> Iterator[Facts]:
-    """Every line of the folder's file of runs, in the order in which they were written."""
-    try:
-        with (folder / RUNS).open("rb") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                    _ = record["key"], record["attempt"]
-                except (ValueError, LookupError, TypeError):
-                    continue  # torn by a full disk or a loss of power
-                yield record
-    except FileNotFoundError:
-        return
-
-
-def read_attempts(folder: Path, fields: Iterable[str] | None = None) -> list[Facts]:
-    """The newest line of every attempt in the folder, in the order in which they began; of each some fields, or all."""
-    newest: dict[tuple[str, int], Facts] = {}
-    for record in lines(folder):
-        kept = record if fields is None else {name: record.get(name) for name in fields}
-        newest[record["key"], record["attempt"]] = kept
-    return list(newest.values())
-
-
-def read_runs(folder: Path) -> list[Facts]:
-    """The newest record of every run in the folder, in the order in which the runs first began."""
-    return list(
-        {record["key"]: record for record in sorted(read_attempts(folder), key=lambda r: r["attempt"])}.values()
-    )
-
-
-def read_record(notebook: Path) -> Facts | None:
-    """The record in an executed notebook; None if it has none or can't be read."""
-    try:
-        given = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["interp"]
-        found = given["run"] if isinstance(given, dict) else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return found if isinstance(found, dict) else None

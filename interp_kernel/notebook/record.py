@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
+import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from nbformat import NotebookNode
 from papermill.engines import NotebookExecutionManager
 from papermill.iorw import LocalHandler, papermill_io
 
+from interp_kernel.notebook.files import replace
 from interp_kernel.notebook.provenance import Ledger, OnCell
 from interp_kernel.notebook.terminal import shown
 
@@ -51,16 +54,17 @@ class Record(NotebookExecutionManager):  # type: ignore[misc]
         if self.output_path and self.autosave_cell_every and time.monotonic() - self.saved >= pause:
             self.saved = time.monotonic()
             with contextlib.suppress(OSError):
-                self.write(self.output_path, indent=None, split_lines=False)  # three times as fast
+                # nbformat's own layout takes ten times as long for numbers; the last save has it.
+                self.write(self.output_path, functools.partial(json.dumps, ensure_ascii=False))
 
     def autosave_cell(self, **_: Any) -> None:
         """What papermill calls at every output."""
         self.save()
 
-    def write(self, path: str, **layout: Any) -> None:
-        """Save now; the layout is nbformat's."""
+    def write(self, path: str, encode: Callable[[NotebookNode], str] = nbformat.writes) -> None:
+        """Save now."""
         start = time.monotonic()
-        write_atomically(self.nb, path, **layout)
+        write_atomically(encode(self.nb), path)
         self.saved = time.monotonic()
         self.save_cost_s = self.saved - start
 
@@ -127,19 +131,11 @@ def join_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
     return joined
 
 
-def write_atomically(nb: NotebookNode, path: str, **layout: Any) -> None:
+def write_atomically(text: str, path: str) -> None:
     """Replace the file in one step, so that a killed run leaves a whole notebook; lone surrogates become `?`."""
     handler = papermill_io.get_handler(path)
-    text = nbformat.writes(nb, **layout).encode("utf-8", errors="replace")
-    if not isinstance(handler, LocalHandler):
-        papermill_io.write(text.decode(), path)
-        return
-    # papermill may have changed directory for the kernel; its handler remembers where paths start.
-    target = Path(handler._cwd or ".", path).resolve()
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_bytes(text)
-        scratch.replace(target)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
+    if isinstance(handler, LocalHandler):
+        # papermill may have changed directory for the kernel; its handler remembers where paths start.
+        replace(Path(handler._cwd or ".", path).resolve(), text)
+    else:
+        papermill_io.write(text.encode("utf-8", "replace").decode(), path)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 from interp_kernel.cell import REMOTE_CELL
+from interp_kernel.notebook.files import replace
 
 PLOTLY = "application/vnd.plotly.v1+json"
 # nbconvert's own page waits for two scripts of a CDN before it shows anything. Only formulas need one of them.
@@ -24,7 +24,7 @@ def write_html(notebook: Path) -> Path:
     import nbformat
     from nbconvert import HTMLExporter
 
-    nb = copy.deepcopy(nbformat.read(notebook, as_version=4))
+    nb = nbformat.read(notebook, as_version=4)
     figures = [
         output.data for cell in nb.cells for output in cell.get("outputs", []) if PLOTLY in output.get("data", {})
     ]
@@ -35,9 +35,7 @@ def write_html(notebook: Path) -> Path:
             cell.metadata["magics_language"] = "python"  # else pygments leaves the body of an unknown magic uncoloured
     exporter = HTMLExporter(template_name="lab", raw_template=PAGE)
     page, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": notebook.stem}})
-    target = notebook.with_suffix(".html")
-    target.write_text(page, encoding="utf-8", errors="replace")
-    return target
+    return replace(notebook.with_suffix(".html"), page)
 
 
 def _figure_html(figure: dict[str, Any], *, with_code: bool) -> str:

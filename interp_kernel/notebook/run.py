@@ -14,7 +14,8 @@ from typing import Any
 
 from interp_kernel.errors import NotebookError
 from interp_kernel.notebook.executed import findings, input_index
-from interp_kernel.notebook.provenance import Ledger, OnCell, append, facts_of, lines
+from interp_kernel.notebook.files import append, lines
+from interp_kernel.notebook.provenance import Ledger, OnCell, facts_of
 
 __all__ = ["RunResult", "findings", "input_index", "run_notebook"]
 

@@ -29,7 +29,7 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
-from nbformat.v4 import new_output
+from nbformat.v4 import new_notebook, new_output
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.exceptions import PapermillExecutionError
 
@@ -102,7 +102,7 @@ def execute(
         model: Model for the notebook's remote cells, over the notebook's own `metadata.interp`: a name, or a JSON
             object of InterpClient's options.
         kernel_cwd: Working directory of the kernel; by default this process's.
-        paths: Those of the notebook and of its output, where papermill wasn't told.
+        paths: Those of the notebook and of its output, where papermill wasn't told; then an empty notebook is returned.
         ledger: What is known of the run so far; its record grows there.
         on_cell: Called as each cell begins, with its index and the number of cells.
         client_options: Traits of nbclient's NotebookClient.
@@ -137,6 +137,10 @@ def execute(
     record.finish(failure, final_path)
     if failure is not None:
         raise_failure(nb, failure, client.signals)
+    if paths is not None:
+        # papermill, which was told no file, would encode all of it once more for none.
+        empty: NotebookNode = new_notebook()
+        return empty
     leave_judging_to_this_engine(nb)
     return nb
 

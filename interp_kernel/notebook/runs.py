@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from interp_kernel.errors import NotebookError
+from interp_kernel.notebook.files import RUNS, read_record, read_runs
 
 Record = dict[str, Any]
-RUNS_FILE = "runs.jsonl"
 SEPARATE = ("cells", "workers", "attempts", "traceback")
 """Parts of a record that hold many things of a kind; the row of a run leaves them out, but for its last worker."""
 PASSING = re.compile(
@@ -35,16 +35,14 @@ def records(folder: str | Path) -> list[Record]:
     Raises:
         NotebookError: There are no records.
     """
-    from interp_kernel.notebook.provenance import read_runs
-
     found = [
         {**record, "folder": str(file.parent)}
-        for file in sorted(Path(folder).rglob(RUNS_FILE))
+        for file in sorted(Path(folder).rglob(RUNS))
         for record in read_runs(file.parent)
     ]
     if not found:
         raise NotebookError(
-            f"{folder} has no records of runs ({RUNS_FILE}); expected the folder in which `interp-kernel run` or "
+            f"{folder} has no records of runs ({RUNS}); expected the folder in which `interp-kernel run` or "
             "`interp-kernel batch` wrote."
         )
     return found
@@ -76,8 +74,6 @@ def find(run: str, folder: str | Path) -> Record:
     """
     path = Path(run)
     if path.suffix == ".ipynb":
-        from interp_kernel.notebook.provenance import read_record
-
         if not path.exists():
             raise NotebookError(f"{run} doesn't exist; expected an executed notebook or the key of a run.")
         if (record := read_record(path)) is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from interp_kernel.protocol import Buffer, Head, Packed
 
@@ -123,6 +123,16 @@ class CallLog:
                 self._file.close()
 
 
+class Reader(Protocol):
+    """The connection of a call, which the main thread may read for a moment after it."""
+
+    def take_call(self, within_s: float) -> bool:
+        """Wait for the next message and submit it if it is a call; if none comes, the connection is given back."""
+
+    def give_back(self) -> None:
+        """Let its own thread read it again."""
+
+
 @dataclass
 class Call:
     """One submitted call; `head` is its message, see `Session.submit` on the near side."""
@@ -132,6 +142,7 @@ class Call:
     head: Head
     frames: list[Buffer]
     log: CallLog
+    reader: Reader
     background: bool = False
     queued: float = field(default_factory=time.monotonic)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import selectors
 import sys
 import threading
@@ -56,8 +57,10 @@ class Streams:
     def end(self) -> None:
         """All that the call has written so far is in its log; from now on it gets no more."""
         with self._lock:
+            if self._waiting.poll(0):
+                for pipe in self._pipes:
+                    pipe.pump(self._log_fd)  # once takes a full pipe; a child that never stops must not hold the call
             for pipe in self._pipes:
-                pipe.pump(self._log_fd)  # once takes a full pipe; a child that never stops must not hold the call
                 pipe.log = None
             self._current = None
         # A child may still hold these pipes, or the call has closed them, so the next call gets new ones.
@@ -98,7 +101,7 @@ class Streams:
         self._is_child = True
 
     def _new_pipes(self) -> list[Pipe]:
-        pipes = []
+        pipes, self._waiting = [], select.poll()
         for fd in FDS.values():
             os.dup2(self._log_fd, fd)  # where a call has closed them, the pipes must not get these numbers
         for name, fd in FDS.items():
@@ -108,6 +111,7 @@ class Streams:
             os.close(write_fd)
             pipes.append(Pipe(name, read_fd, None))
             self._selector.register(read_fd, selectors.EVENT_READ, pipes[-1])
+            self._waiting.register(read_fd, select.POLLIN)
         return pipes
 
     def _notice_spawn(self, event: str, _: object) -> None:

@@ -109,8 +109,11 @@ def plot(result: Mapping[str, Any]) -> Figure:
         result: What the technique returned, or the same read back from JSON.
 
     Raises:
+        TypeError: It is no result.
         ValueError: Its technique has no figure.
     """
+    if not isinstance(result, Mapping):
+        raise TypeError(f"plot() was given {result!r:.80}; expected what a technique returned, a dict.")
     name = str(result.get("technique"))
     if name not in FIGURES:
         raise ValueError(f"The result is of {name!r}, which has no figure; those with one: {', '.join(FIGURES)}.")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.agents.loopback import Loopback, Reply
 from tests.agents.studies import Call, Turn, filled
 
 TOKENS = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
@@ -24,7 +23,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-class Endpoint:
+class Endpoint(Loopback):
     """Serves `/v1/chat/completions` on loopback; after the last recorded answer it says "Done."."""
 
     def __init__(self, replies: Iterable[Turn | Fault], usage: dict[str, Any] | None = None) -> None:
@@ -34,18 +33,18 @@ class Endpoint:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self._calls: list[Call] = []  # made so far, in the order in which their answers come back
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        super().__init__()
+        self.base_url = f"{self.url}/v1"
 
-    def __enter__(self) -> Endpoint:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def reply(self, path: str, headers: Mapping[str, str], body: dict[str, Any]) -> Reply:
+        """See `Loopback.reply`."""
+        assert path == "/v1/chat/completions"
+        self.keys.append(headers.get("authorization"))
+        answer = self.answer(body)
+        if isinstance(answer, Fault):
+            error = {"error": {"message": answer.message, "type": "stub"}}
+            return Reply(json.dumps(error), status=answer.status, headers=answer.headers)
+        return Reply(json.dumps(answer))
 
     def answer(self, body: dict[str, Any]) -> Fault | dict[str, Any]:
         """What comes next."""
@@ -78,35 +77,3 @@ class Endpoint:
 def _tool_call(call: Call, ids: dict[str, str], number: int) -> dict[str, Any]:
     arguments = call.raw if call.raw is not None else json.dumps(filled(call.arguments, ids))
     return {"id": f"call_{number}", "type": "function", "function": {"name": call.tool, "arguments": arguments}}
-
-
-def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            endpoint.keys.append(self.headers["authorization"])
-            assert self.path == "/v1/chat/completions"
-            reply = endpoint.answer(body)
-            if isinstance(reply, Fault):
-                self.reply(reply.status, {"error": {"message": reply.message, "type": "stub"}}, reply.headers)
-            else:
-                self.reply(200, reply, {})
-
-        def reply(self, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            for name, value in {
-                "content-type": "application/json",
-                "content-length": str(len(data)),
-                **headers,
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            """Says nothing."""
-
-    return Handler

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections.abc import Iterable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tests.agents.loopback import Loopback, Reply
 from tests.agents.studies import Call, filled
 
 Json = dict[str, Any]
@@ -16,25 +15,18 @@ WORDS = "All done."
 _SESSION = re.compile(r"session ([0-9a-f]{8})\b")
 
 
-class Provider:
+class Provider(Loopback):
     """Serves Anthropic's messages, OpenAI's responses and Gemini's contents; notes every request that offers tools."""
 
     def __init__(self, calls: Iterable[Call]) -> None:
         """Starts to listen."""
         self.calls = list(calls)
         self.requests: list[Json] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        super().__init__()
 
-    def __enter__(self) -> Provider:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def reply(self, path: str, headers: Mapping[str, str], body: Json) -> Reply:
+        """See `Loopback.reply`."""
+        return Reply("".join(map(_server_sent, self.events(path, body))), "text/event-stream")
 
     def events(self, path: str, body: Json) -> list[Json]:
         """The stream that answers a request: the next call of the script, or words when it has come to its end."""
@@ -101,33 +93,6 @@ _PROTOCOLS = {
 }
 
 
-def _handler(provider: Provider) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            events = provider.events(self.path, body)
-            lines = [
-                f"event: {e['type']}\ndata: {json.dumps(e)}" if "type" in e else f"data: {json.dumps(e)}"
-                for e in events
-            ]
-            self.reply("text/event-stream", "".join(f"{line}\n\n" for line in lines))
-
-        def do_GET(self) -> None:
-            self.reply("application/json", '{"data": [], "models": []}')
-
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
-        def reply(self, kind: str, text: str) -> None:
-            self.send_response(200)
-            self.send_header("content-type", kind)
-            self.send_header("content-length", str(len(text.encode())))
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *_: object) -> None:
-            """Says nothing."""
-
-    return Handler
+def _server_sent(event: Json) -> str:
+    name = f"event: {event['type']}\n" if "type" in event else ""
+    return f"{name}data: {json.dumps(event)}\n\n"

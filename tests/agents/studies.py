@@ -59,6 +59,32 @@ The demo model completes "When Mary and John went to the store, John gave a drin
 heads carry the name? Find the two that matter most, and test them on names that you did not choose them on.
 """
 
+NAMES = '''
+template = "When {a} and {b} went to the store, {c} gave a drink to"
+
+
+def both_orders(names):
+    """Clean prompts, corrupted prompts (the other name gives) and (right, wrong) answers."""
+    pairs, answers = [], []
+    for a, b in names:
+        for right, wrong in ((a, b), (b, a)):
+            clean, corrupted = (template.format(a=a, b=b, c=giver) for giver in (wrong, right))
+            pairs.append((clean, corrupted))
+            answers.append((f" {right}", f" {wrong}"))
+    return pairs, answers
+
+
+pairs, answers = both_orders([("Mary", "John"), ("Tom", "Anna"), ("James", "Lucy")])
+held_pairs, held_answers = both_orders([("Paul", "Emma"), ("Sarah", "David"), ("Alice", "Bob"), ("Mark", "Julia")])
+held_prompts = [clean for clean, _ in held_pairs]
+len(pairs), len(held_pairs)
+'''
+ONE_TOKEN_NAMES = NAMES.replace(
+    'pairs, answers = both_orders([("Mary"',
+    "# Names are one token each, with their leading space: Lucy was three, and was refused.\n"
+    'pairs, answers = both_orders([("Mary"',
+).replace('"Lucy"', '"Laura"')
+
 HEADS_STUDY = (
     say("I begin a notebook for this question.", "start_new_session", experiment_name="indirect-object"),
     say("", "init_session", session_id="$session"),
@@ -89,26 +115,7 @@ important.
     ),
     step(
         "",
-        '''
-template = "When {a} and {b} went to the store, {c} gave a drink to"
-
-
-def both_orders(names):
-    """Clean prompts, corrupted prompts (the other name gives) and (right, wrong) answers."""
-    pairs, answers = [], []
-    for a, b in names:
-        for right, wrong in ((a, b), (b, a)):
-            clean, corrupted = (template.format(a=a, b=b, c=giver) for giver in (wrong, right))
-            pairs.append((clean, corrupted))
-            answers.append((f" {right}", f" {wrong}"))
-    return pairs, answers
-
-
-pairs, answers = both_orders([("Mary", "John"), ("Tom", "Anna"), ("James", "Lucy")])
-held_pairs, held_answers = both_orders([("Paul", "Emma"), ("Sarah", "David"), ("Alice", "Bob"), ("Mark", "Julia")])
-held_prompts = [clean for clean, _ in held_pairs]
-len(pairs), len(held_pairs)
-''',
+        NAMES,
         "names",
     ),
     step(
@@ -126,27 +133,7 @@ patching = activation_patching(model, tokenizer, pairs, answers, grain="head")
         "edit_cell",
         session_id="$session",
         cell_id="$names",
-        source='''
-template = "When {a} and {b} went to the store, {c} gave a drink to"
-
-
-def both_orders(names):
-    """Clean prompts, corrupted prompts (the other name gives) and (right, wrong) answers."""
-    pairs, answers = [], []
-    for a, b in names:
-        for right, wrong in ((a, b), (b, a)):
-            clean, corrupted = (template.format(a=a, b=b, c=giver) for giver in (wrong, right))
-            pairs.append((clean, corrupted))
-            answers.append((f" {right}", f" {wrong}"))
-    return pairs, answers
-
-
-# Names are one token each, with their leading space: Lucy was three, and was refused.
-pairs, answers = both_orders([("Mary", "John"), ("Tom", "Anna"), ("James", "Laura")])
-held_pairs, held_answers = both_orders([("Paul", "Emma"), ("Sarah", "David"), ("Alice", "Bob"), ("Mark", "Julia")])
-held_prompts = [clean for clean, _ in held_pairs]
-len(pairs), len(held_pairs)
-'''.strip("\n"),
+        source=ONE_TOKEN_NAMES.strip("\n"),
     ),
     say(
         "",

@@ -11,6 +11,7 @@ from transformers import BartConfig, BartForConditionalGeneration, BertConfig, B
 
 from techniques._model import UnsupportedModelError, find_decoder, logits_at, record_inputs
 from techniques._tokens import pad
+from techniques.generate_text import generate_text
 
 # PEFT asks transformers 5 for an attribute under its older name.
 uses_peft = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -22,6 +23,26 @@ def test_parts_are_the_known_ones(architecture: str, make_model: Any, blocks_of:
     assert found.blocks is blocks_of(architecture, model)
     assert found.ln_final is final_norm_of(architecture, model)
     assert found.unembed is model.get_output_embeddings()
+
+
+@pytest.mark.parametrize("given", ["gpt2", None])
+def test_what_is_no_model_is_refused(given: Any, tokenizer: Any) -> None:
+    for wrong in (given, tokenizer):
+        with pytest.raises(ValueError, match=f"The model is of the type {type(wrong).__name__}; expected a loaded"):
+            find_decoder(wrong)
+        with pytest.raises(
+            ValueError, match=r"Pass the model first, then its tokenizer; of a wrapper, the plain model"
+        ):
+            generate_text(wrong, tokenizer, "the cat")
+
+
+def test_what_is_no_tokenizer_is_refused(make_model: Any, tokenizer: Any) -> None:
+    wrongs: tuple[Any, ...] = (make_model("gpt2"), None)
+    for wrong in wrongs:
+        with pytest.raises(
+            ValueError, match=f"The tokenizer is of the type {type(wrong).__name__}; expected a Hugging"
+        ):
+            generate_text(tokenizer, wrong, "the cat")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from techniques.attention import attention_patterns, head_scores
 from techniques.attention_knockout import attention_knockout
 from techniques.logit_diff_lens import logit_diff_lens
 from techniques.logit_lens import logit_lens
+from techniques.plots import plot
 from techniques.plots.attention import plot_attention_knockout, plot_attention_patterns, plot_head_scores
 from techniques.plots.lens import plot_logit_diff_lens, plot_logit_lens, plot_token_probs
 
@@ -146,3 +147,10 @@ def test_importing_plots_loads_neither_plotly_nor_torch() -> None:
     code = f"import sys, techniques.plots, techniques.plots.attention; print({heavy} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_what_is_no_result_or_has_no_figure_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"plot\(\) was given None; expected what a technique returned, a dict"):
+        plot(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="The result is of 'nope', which has no figure; those with one: ablate, "):
+        plot({"technique": "nope"})

@@ -13,7 +13,7 @@ import torch
 from interp_kernel.demo_model import corpus
 from techniques import directions, steering
 from techniques._steering_sweep import with_controls
-from techniques.directions import vector_direction
+from techniques.directions import project, vector_direction
 from techniques.plots.steering import plot_steering_sweep
 
 # `*demo` and results that may be None: typed as Any, since the values are what is tested.
@@ -358,6 +358,20 @@ def test_wrong_options_of_the_sweep_are_refused(make_model: Any, tokenizer: Any,
     given = {"directions": own_direction(), "coefficients": [1.0], "targets": TARGETS, **options}
     with pytest.raises(ValueError, match=message):
         steering_sweep(make_model("gpt2"), tokenizer, PROMPTS, **given)
+
+
+def test_what_is_no_direction_is_refused_with_how_to_make_one(make_model: Any, tokenizer: Any) -> None:
+    model, vector = make_model("gpt2"), torch.ones(16)
+    whole = {"technique": "persona_vector", "rows": [own_direction()]}
+    bare = r"The direction is of the type Tensor; expected .*vector_direction\(vector, layer\)"
+    with pytest.raises(ValueError, match=bare):
+        ablate_direction(model, tokenizer, PROMPTS, vector)
+    with pytest.raises(ValueError, match=bare):
+        steer_generate(model, tokenizer, PROMPTS, vector)
+    with pytest.raises(ValueError, match=bare):
+        project(model, tokenizer, PROMPTS, vector)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"The direction is all of what persona_vector returned; expected .*a row of"):
+        steering_sweep(model, tokenizer, PROMPTS, whole, [1.0], ["cat"], ["dog"])
 
 
 def test_ablation_refuses_what_is_no_direction_of_the_stream(make_model: Any, tokenizer: Any) -> None:

@@ -18,12 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from interp_kernel.notebook import provenance
+from interp_kernel.notebook import files, provenance
 from interp_kernel.notebook.batch.board import Board
 from interp_kernel.notebook.batch.estimate import describe_plan, price_of
 from interp_kernel.notebook.batch.launch import Launcher, launched
 from interp_kernel.notebook.batch.resume import HISTORY, attempts, choose, end_of_lost, locked, settle, weights_now
 from interp_kernel.notebook.batch.study import Run, Study, plan, read_study
+from interp_kernel.notebook.files import Facts
 
 TICK_S = 0.2
 INTERRUPTED = 130
@@ -109,10 +110,8 @@ def write_plan(study: Study, runs: list[Run]) -> None:
     here = {"notebooks": [str(Path(text).resolve()) for text in study.notebooks], "output": "."}
     text = json.dumps({**study.to_json(), **here}, indent=2, ensure_ascii=False)
     lines = [json.dumps({**vars(run), "output": run.output}, default=str) for run in runs]
-    for name, content in (("study.yaml", text), ("plan.jsonl", "\n".join(lines))):
-        scratch = study.folder / f".{name}.tmp"
-        scratch.write_text(content + "\n", encoding="utf-8")
-        scratch.replace(study.folder / name)
+    files.replace(study.folder / "study.yaml", text + "\n")
+    files.replace(study.folder / "plan.jsonl", "\n".join(lines) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------- the batch
@@ -203,7 +202,7 @@ class Batch:
                 self.waiting.remove(run)
                 self.running[run.key] = (run, place)
                 self.tries[run.key] += 1
-                self.begun[run.key] = provenance.utc()
+                self.begun[run.key] = files.utc()
                 launcher.send({"run": {"id": run.key, "options": self.options(run, place)}})
                 self.board.begin(run.key, run.label or run.notebook.stem)
 
@@ -281,23 +280,23 @@ class Batch:
         facts = {name: value for name, value in known.items() if name not in ("price", "weights")}
         base = {**facts, "notebook": str(run.notebook), "output": run.output, "parameters": run.parameters}
         base |= {"schema": provenance.SCHEMA, "model": run.model, "hashes": {}, "html": None, "started": None}
-        begun = (line for line in provenance.lines(folder) if (line["key"], line["attempt"]) == (run.key, number))
+        begun = (line for line in files.lines(folder) if (line["key"], line["attempt"]) == (run.key, number))
         record = next(begun, base)
         if told:
             failure = {**told, "failed_cell": None, "traceback": [], "is_infrastructure": False}
-            record = {**record, **failure, "ended": provenance.utc()}
+            record = {**record, **failure, "ended": files.utc()}
         else:
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             record = end_of_lost(folder, record, how)
         try:
-            provenance.append(folder, record)
+            files.append(folder, record)
         except OSError as error:
             self.stop(f"results can't be written ({error})")  # the next batch finds that it never ended
         return record
 
 
 @cache
-def git_state(folder: Path) -> provenance.Facts | None:
+def git_state(folder: Path) -> Facts | None:
     """`provenance.git_state`, asked once."""
     return provenance.git_state(folder)
 

@@ -10,8 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from interp_kernel.notebook import provenance
+from interp_kernel.notebook import files
 from interp_kernel.notebook.batch.study import Run, Study
+from interp_kernel.notebook.files import Facts
+from interp_kernel.notebook.words import duration
 
 
 def describe_plan(study: Study, runs: list[Run], todo: list[Run]) -> Iterator[str]:
@@ -30,7 +32,7 @@ def describe_plan(study: Study, runs: list[Run], todo: list[Run]) -> Iterator[st
 def estimate(study: Study, todo: Iterable[Run]) -> Iterator[str]:
     """How long it takes and what it costs, by what earlier runs took."""
     known = defaultdict(list)
-    for record in provenance.read_attempts(study.folder, ("status", "notebook", "seconds")):
+    for record in files.read_attempts(study.folder, ("status", "notebook", "seconds")):
         if record["status"] == "completed":
             known[Path(record["notebook"]).resolve()].append(record["seconds"])
     todo, total = list(todo), 0.0
@@ -41,7 +43,7 @@ def estimate(study: Study, todo: Iterable[Run]) -> Iterator[str]:
         if (price := price_of(run.model, None)) is not None:
             containers[f"{price['gpu'] or 'no GPU'} ({price['price_class'] or 'price as it comes'})"] += seconds
     if total:
-        yield f"Time: about {in_words(total / min(study.jobs, len(todo)))}, by what earlier runs took."
+        yield f"Time: about {duration(total / min(study.jobs, len(todo)))}, by what earlier runs took."
     elif todo:
         yield "Time: not known, since none of these notebooks has run yet; run one of each first."
     if not containers:
@@ -49,7 +51,7 @@ def estimate(study: Study, todo: Iterable[Run]) -> Iterator[str]:
     hourly = study.price_per_hour
     for place, seconds in containers.items():
         money = f", {hourly * seconds / 3600:.2f} at {hourly:g} an hour" if hourly else ""
-        yield f"Cost: about {in_words(seconds)} of a container with {place}{money}."
+        yield f"Cost: about {duration(seconds)} of a container with {place}{money}."
     if containers and not hourly:
         yield "Set price_per_hour to have the cost as an amount."
 
@@ -61,14 +63,7 @@ def taken_before(path: Path) -> list[float]:
     return [facts["duration"]] if facts.get("duration") else []
 
 
-def in_words(seconds: float) -> str:
-    """A time with one unit."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def price_of(model: Mapping[str, Any] | None, price_per_hour: float | None) -> provenance.Facts | None:
+def price_of(model: Mapping[str, Any] | None, price_per_hour: float | None) -> Facts | None:
     """What is known of a model's price before it runs; None on this machine."""
     if model is None or model.get("mode", "local") != "modal":
         return None

@@ -146,7 +146,8 @@ def run_job(job: Job, parent: int) -> int:
         result = run_notebook(**job["options"], progress=False, on_cell=on_cell)
         told: Job = {name: getattr(result, name) for name in ("status", "seconds", "failed_cell", "ename", "evalue")}
     except BaseException as error:  # noqa: BLE001 - the end of a process: the batch is told, and the next run goes on
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+            traceback.print_exc()
         told = {"status": "failed", "ename": type(error).__name__, "evalue": str(error)}
     say({"id": job["id"], "ended": {**told, "evalue": (told["evalue"] or "")[:LONGEST]}}, out)
     return 0

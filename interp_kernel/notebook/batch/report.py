@@ -16,7 +16,9 @@ from typing import Any
 from urllib.parse import quote
 
 from interp_kernel.notebook.batch.charts import Chart, draw_metric, identity, shorten
+from interp_kernel.notebook.files import Facts, read_runs, replace
 from interp_kernel.notebook.metrics import number
+from interp_kernel.notebook.words import duration, plural
 
 INDEX, SUMMARY = "index.html", "report.md"
 MAX_CHARTS = 24
@@ -34,8 +36,6 @@ WORDS = {
     "interrupted": "stopped by a signal",
     "running": "its end was never reported",
 }
-
-Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,6 @@ def write_report(folder: Path) -> Path:
 
 def gather(folder: Path) -> Report:
     """Read the records of a batch and the figures of its notebooks."""
-    from interp_kernel.notebook.provenance import read_runs
-
     planned = {run["key"]: {**run, "status": NOT_BEGUN} for run in _read_lines(folder / "plan.jsonl")}
     runs = list((planned | {run["key"]: run for run in read_runs(folder)}).values())
     report = Report(folder, str(_read_study(folder).get("name") or folder.resolve().name), runs)
@@ -311,18 +309,6 @@ def clip(text: str) -> str:
     return text if len(text) <= REASON_CHARS else text[:REASON_CHARS] + " ..."
 
 
-def plural(count: int, noun: str) -> str:
-    """A count with its noun."""
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def duration(seconds: float) -> str:
-    """A time in words."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
-
-
 def wall(runs: Iterable[Facts]) -> float:
     """Seconds from the first start to the last end."""
     times = [datetime.fromisoformat(run[name]) for run in runs for name in ("started", "ended") if run.get(name)]
@@ -331,14 +317,3 @@ def wall(runs: Iterable[Facts]) -> float:
 
 def _commit(git: Facts) -> str:
     return f"commit {git['commit'][:9]}{' with changes' if git.get('is_dirty') else ''}"
-
-
-def replace(path: Path, text: str) -> Path:
-    """Replace a file in one step: someone may be reading the page of a batch that still runs."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    try:
-        scratch.write_text(text, encoding="utf-8", errors="replace")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)  # a full disk leaves a part of it
-    return path

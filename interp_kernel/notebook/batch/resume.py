@@ -15,8 +15,10 @@ from typing import Any
 
 from interp_kernel.backends.local import process_exists
 from interp_kernel.errors import NotebookError, SpecError
-from interp_kernel.notebook import provenance
+from interp_kernel.notebook import files, provenance
 from interp_kernel.notebook.batch.study import Run, Study
+from interp_kernel.notebook.checks import read_notebook
+from interp_kernel.notebook.files import Facts
 
 ENDING_S, LOOK_S = 30.0, 0.2
 HISTORY = ("attempt", "status", "ename", "evalue", "failed_cell", "started", "seconds")
@@ -40,7 +42,7 @@ def choose(study: Study, runs: list[Run], *, resume: bool, only_failed: bool) ->
         )
     source_now.cache_clear()
     weights_now.cache_clear()
-    hashes = {path: hash_of(path) for path in {run.notebook for run in runs}}
+    hashes = {path: provenance.notebook_hash(read_notebook(path)) for path in {run.notebook for run in runs}}
     done = [run for run in runs if is_current(folder, records.get(run.key), hashes[run.notebook])]
     complete_keys = {run.key for run in done}
     if only_failed:
@@ -48,9 +50,9 @@ def choose(study: Study, runs: list[Run], *, resume: bool, only_failed: bool) ->
     return [run for run in runs if run.key not in complete_keys], done
 
 
-def attempts(folder: Path) -> list[provenance.Facts]:
+def attempts(folder: Path) -> list[Facts]:
     """What a batch needs to know of the folder's attempts, each run's in their order."""
-    return sorted(provenance.read_attempts(folder, NEEDED), key=lambda record: record["attempt"])
+    return sorted(files.read_attempts(folder, NEEDED), key=lambda record: record["attempt"])
 
 
 def settle(folder: Path) -> None:
@@ -58,20 +60,20 @@ def settle(folder: Path) -> None:
 
     A run may have ended well and been killed before it could say so: then its notebook has the record.
     """
-    lost = {(r["key"], r["attempt"]) for r in provenance.read_attempts(folder, NEEDED) if r["status"] == "running"}
-    begun = {(r["key"], r["attempt"]): r for r in provenance.lines(folder) if (r["key"], r["attempt"]) in lost}
+    lost = {(r["key"], r["attempt"]) for r in files.read_attempts(folder, NEEDED) if r["status"] == "running"}
+    begun = {(r["key"], r["attempt"]): r for r in files.lines(folder) if (r["key"], r["attempt"]) in lost}
     for record in begun.values():
-        provenance.append(folder, end_of_lost(folder, record, "with the batch"))
+        files.append(folder, end_of_lost(folder, record, "with the batch"))
 
 
-def end_of_lost(folder: Path, record: provenance.Facts, how: str) -> provenance.Facts:
+def end_of_lost(folder: Path, record: Facts, how: str) -> Facts:
     """The record of a run whose process ended without one."""
-    stored = provenance.read_record(folder / str(record["output"])) or {}
+    stored = files.read_record(folder / str(record["output"])) or {}
     if (stored.get("key"), stored.get("attempt")) == (record["key"], record["attempt"]):
         return stored
     evalue = f"The process of this run was killed {how}. A further attempt begins anew, in a fresh kernel."
     failure = {"status": "dead-runner", "ename": "DeadRunnerError", "evalue": evalue, "is_infrastructure": True}
-    return {**record, **failure, "ended": provenance.utc(), "seconds": None, "failed_cell": None, "traceback": []}
+    return {**record, **failure, "ended": files.utc(), "seconds": None, "failed_cell": None, "traceback": []}
 
 
 def is_current(folder: Path, record: Mapping[str, Any] | None, notebook_hash: str) -> bool:
@@ -105,13 +107,6 @@ def weights_now(model: str) -> str | None:
     return provenance.weights_hash(json.loads(model))
 
 
-def hash_of(path: Path) -> str:
-    """What the notebook's cells are now."""
-    from interp_kernel.notebook.checks import read_notebook
-
-    return provenance.notebook_hash(read_notebook(path))
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
     """Hold the folder's lock, whose descriptor every run inherits: it is free only when the last of them has ended.
@@ -132,7 +127,7 @@ def locked(folder: Path) -> Iterator[int]:
                 )
             time.sleep(LOOK_S)  # that batch was killed, and the runs that it leaves are saving what they have
         file.truncate(0)
-        file.write(f"process {os.getpid()} since {provenance.utc()}")
+        file.write(f"process {os.getpid()} since {files.utc()}")
         file.flush()
         yield file.fileno()
 

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Study:
         retries: How often a run is begun anew whose kernel or worker died or did not start; other failures never are.
         stop_on_failure: Whether nothing more is begun after a failure.
         price_per_hour: What an hour of a container costs, for the estimate, in any currency.
-        lines: Where parameters stand in the study's file, for messages; no key of the file.
+        lines: Where parameters, notebooks and models stand in the study's file, for messages; no key of the file.
 
     Raises:
         SpecError: A value is wrong.
@@ -93,15 +94,17 @@ class Study:
         from interp_kernel.magics import settings_from
 
         found: list[dict[str, Any] | None] = []
-        for model in self.models:
-            options = settings_from(model, "models")
-            if self.backend:
-                options.setdefault("mode", self.backend)
-            try:
-                json.dumps(options)
-            except TypeError as error:
-                raise SpecError(f"models holds {model!r}: {error}. Expected names, numbers and texts only.") from None
-            InterpClient(**options).close()
+        for index, model in enumerate(self.models):
+            with located(self.lines.get(f"models[{index}]")):
+                options = settings_from(model, "models")
+                if self.backend:
+                    options.setdefault("mode", self.backend)
+                try:
+                    json.dumps(options)
+                except TypeError as error:
+                    what = f"models holds {model!r}: {error}."
+                    raise SpecError(f"{what} Expected names, numbers and texts only.") from None
+                InterpClient(**options).close()
             found.append(options)
         return found or [None]
 
@@ -152,11 +155,12 @@ def plan(study: Study) -> list[Run]:
     from interp_kernel.notebook.parameters import check_parameters, declared_parameters
 
     models, runs = study.settings(), []
-    for text in study.notebooks:
+    for index, text in enumerate(study.notebooks):
         path = Path(text)
-        notebook = read_notebook(path)
-        kernel_of(path, notebook, None)
-        takes = declared_parameters(path, notebook) or {}
+        with located(study.lines.get(f"notebooks[{index}]")):
+            notebook = read_notebook(path)
+            kernel_of(path, notebook, None)
+            takes = declared_parameters(path, notebook) or {}
         # Neither the working directory nor how the study's path is written may change a run's name.
         place = os.path.relpath(path.resolve(), study.folder.resolve())
         for model, point, seed, repeat in combinations(study, models):
@@ -164,15 +168,23 @@ def plan(study: Study) -> list[Run]:
             if model is not None:
                 named = {"model_name": model.get("model_name", "demo"), "mode": model.get("mode", "local")}
                 parameters = {name: value for name, value in named.items() if name in takes} | parameters
-            try:
+            with located(study.lines):
                 check_parameters(path, notebook, parameters)
-            except NotebookError as error:
-                where = next((line for name, line in study.lines.items() if repr(name) in str(error)), None)
-                raise NotebookError(f"{where}: {error}" if where else str(error)) from None
             key = run_key(place, parameters, model, seed, repeat)
             label = label_of(study, text, models, (model, point, seed, repeat))
             runs.append(Run(key, path, parameters, model, seed, repeat, label))
     return runs
+
+
+@contextmanager
+def located(where: str | Mapping[str, str] | None) -> Iterator[None]:
+    """Say in an error where its cause stands: at the given place, or at that of the name which the message quotes."""
+    try:
+        yield
+    except (NotebookError, SpecError) as error:
+        if isinstance(where, Mapping):
+            where = next((line for name, line in where.items() if repr(name) in str(error)), None)
+        raise type(error)(f"{where}: {error}" if where else str(error)) from None
 
 
 def combinations(
@@ -258,7 +270,8 @@ def study_of_yaml(path: Path, text: str) -> dict[str, Any]:
                 fields[key] = check(key, value)
             except SpecError as error:
                 raise SpecError(f"{where}: {error}") from None
-            lines |= {name: f"{path}, line {number}" for name, number in inner.items()}
+            for name, number in inner.items():
+                lines[f"{key}[{name}]" if isinstance(name, int) else name] = f"{path}, line {number}"
     except LineError as error:
         where = f"{path}, line {error.line}" if error.line else f"{path}"
         raise SpecError(f"{where}: {error}.") from None

@@ -28,8 +28,8 @@ class LineError(ValueError):
         self.line = line
 
 
-def entries(text: str) -> Iterator[tuple[int, Any, Any, dict[str, int]]]:
-    """Line, key and value of each entry of a mapping, and the lines of the value's own keys.
+def entries(text: str) -> Iterator[tuple[int, Any, Any, dict[str | int, int]]]:
+    """Line, key and value of each entry of a mapping, and the lines of what the value holds, by key or position.
 
     Raises:
         LineError: The text is no YAML, no mapping, or a key stands twice in a mapping.
@@ -43,8 +43,9 @@ def entries(text: str) -> Iterator[tuple[int, Any, Any, dict[str, int]]]:
             raise LineError(None, "it holds no mapping; expected keys, each with its value")
         refuse_doubles(node)
         for key, value in node.value:
-            inner = value.value if isinstance(value, yaml.MappingNode) else []
-            lines = {name.value: name.start_mark.line + 1 for name, _ in inner}
+            inner = {part.value: part for part, _ in value.value} if isinstance(value, yaml.MappingNode) else {}
+            inner |= dict(enumerate(value.value if isinstance(value, yaml.SequenceNode) else [value]))
+            lines = {name: part.start_mark.line + 1 for name, part in inner.items()}
             made_key, made_value = (made.construct_object(part, deep=True) for part in (key, value))
             yield key.start_mark.line + 1, made_key, made_value, lines
     except yaml.YAMLError as error:
