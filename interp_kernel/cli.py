@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from interp_kernel.notebook.words import duration
 
 if TYPE_CHECKING:
     from interp_kernel.backends.local import WorkerStatus
+
+STATE_CHARS = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="interp-kernel", description="Notebooks whose %%remote cells run on a warm worker that holds a model."
     )
+    top.add_argument("--version", action=Version, nargs=0, help="show which version this is")
     verbs = top.add_subparsers(metavar="COMMAND", required=True)
     add_verbs(verbs, _verb)
     _add_worker(verbs)
@@ -58,6 +62,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+class Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print it and end."""
+        from importlib.metadata import version
+
+        print(f"interp-kernel {version('interp-kernel')}")
+        parser.exit()
+
+
 def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     verb.set_defaults(run=run)
@@ -69,7 +84,8 @@ def _add_worker(verbs: Any) -> None:
     _verb(worker, "list", list_workers, "list the workers of this user")
     stop = _verb(worker, "stop", stop_workers, "end a worker; its model and remote values are lost")
     which = stop.add_mutually_exclusive_group(required=True)
-    which.add_argument("key", nargs="?", metavar="KEY", help="the worker's key, or a beginning of it that is unique")
+    text = "the worker's key, a beginning of it that is unique, or the name of its model"
+    which.add_argument("key", nargs="?", metavar="KEY", help=text)
     which.add_argument("--all", action="store_true", help="every worker of this user")
     logs = _verb(worker, "logs", print_log, "print what a worker wrote to its log")
     logs.add_argument("key", nargs="?", metavar="KEY", help="needed where there are several workers")
@@ -163,7 +179,7 @@ def list_workers(arguments: argparse.Namespace) -> int:
             worker.key,
             worker.model_name,
             str(worker.pid or "-"),
-            f"{worker.state}: {worker.exit_reason}" if worker.exit_reason else worker.state,
+            state_of(worker),
             duration(int(time.time() - worker.started)) if worker.started else "-",
             str(worker.clients),
             f"{worker.memory_bytes / 1e6:.0f} MB" if worker.memory_bytes else "-",
@@ -179,8 +195,14 @@ def list_workers(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def state_of(worker: WorkerStatus) -> str:
+    """What a worker does, or why it ended, in a column's width; its log has the rest."""
+    text = f"{worker.state}: {worker.exit_reason}" if worker.exit_reason else worker.state
+    return textwrap.shorten(text, STATE_CHARS, placeholder=" ...")
+
+
 def find_worker(key: str | None) -> WorkerStatus:
-    """The one worker whose key begins with `key`.
+    """The one worker whose key begins with `key`, or whose model has that name.
 
     Raises:
         WorkerError: None does, or several do.
@@ -189,7 +211,7 @@ def find_worker(key: str | None) -> WorkerStatus:
     from interp_kernel.errors import WorkerError
 
     known = workers()
-    found = [worker for worker in known if worker.key.startswith(key or "")]
+    found = [worker for worker in known if worker.key.startswith(key or "") or worker.model_name == key]
     if len(found) == 1:
         return found[0]
     wanted = f"Worker {key!r}" if key else "The worker"

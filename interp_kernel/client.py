@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from interp_kernel.backends import Backend, OnEvent
 from interp_kernel.backends.local import LocalBackend
 from interp_kernel.backends.modal.options import ModalOptions
-from interp_kernel.errors import LoadError, ShipError, WorkerRefusedError, remote_error
+from interp_kernel.errors import LoadError, ShipError, SpecError, WorkerRefusedError, remote_error
 from interp_kernel.options import check_mode, check_window, rename_older
 from interp_kernel.output import Screen
 from interp_kernel.protocol import Head, Reference, Shipment
@@ -100,7 +100,7 @@ class InterpClient:
         """How long the worker stays, and at Modal on what, in words."""
         if isinstance(options := getattr(self.backend, "options", None), ModalOptions):
             return options.place()
-        minutes = f"{self.scaledown_window / 60:g} min after the last call"
+        minutes = f"{self.scaledown_window / 60:.3g} min after the last call"
         return f"stays warm {'until it is stopped' if self.min_containers else minutes}"
 
     def connect(self, on_event: OnEvent | None = None) -> Head:
@@ -282,7 +282,8 @@ class InterpClient:
                     raise
                 except Exception as reason:  # noqa: BLE001 - as above
                     what = f"{name!r} ({type(part).__name__})"
-                    raise ShipError(f"{what} can't be sent to the worker: {reason}") from None
+                    todo = "" if isinstance(reason, ShipError) else ". Make it in the remote code itself"
+                    raise ShipError(f"{what} can't be sent to the worker: {reason}{todo}") from None
             raise ShipError(f"The inputs can't be sent to the worker: {error}") from None
 
     def run_call(
@@ -297,6 +298,8 @@ class InterpClient:
 
         Used by `run` and by the `%%remote` magic; see `Session.run`.
         """
+        if timeout is not None and not (type(timeout) in (int, float) and timeout > 0):
+            raise SpecError(f"timeout is {timeout!r}; expected a number of seconds above 0.")
         files = head.get("files", {})
         head = {**head, **call_head(shipment, local)}
         head["files"] |= files

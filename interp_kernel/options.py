@@ -43,7 +43,7 @@ def check_mode(mode: str, options: dict[str, Any]) -> str:
 def check_window(options: dict[str, Any]) -> tuple[float, int]:
     """How long the worker stays without calls."""
     window, containers = options["scaledown_window"], options["min_containers"]
-    if not isinstance(window, int | float) or not 0 < window < float("inf"):
+    if type(window) not in (int, float) or not 0 < window < float("inf"):
         raise SpecError(f"scaledown_window is {window!r}; expected a number of seconds above 0.")
     if containers not in (0, 1):
         raise SpecError(f"min_containers is {containers!r}; expected 0, or 1 to keep the worker for good.")

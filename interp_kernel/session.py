@@ -72,6 +72,13 @@ class RemoteValue:
                 f"{what} was lost: the worker that held it has ended. Run the cell that made it again."
             )
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)  # what libraries look for
+        raise AttributeError(
+            f"{self} has no {name!r} here: the value is on the worker. Use it in a remote cell, or fetch() it first."
+        )
+
     def __str__(self) -> str:
         info = self.info
         parts = [info["type"]]
@@ -81,7 +88,7 @@ class RemoteValue:
             parts.append(f"of {info['len']}")
         parts += [info[k] for k in ("dtype", "device") if k in info]
         if info.get("nbytes") is not None:
-            parts.append(f"{info['nbytes'] / 1e6:.1f} MB")
+            parts.append(f"{info['nbytes'] / 1e6:.1f} MB" if info["nbytes"] >= 100_000 else f"{info['nbytes']} bytes")
         return "RemoteValue " + " ".join(parts)
 
     def __repr__(self) -> str:
@@ -531,7 +538,8 @@ class PendingCall:
             return stopped(f"the worker was killed by the second stop; the next call starts a new one.{lost}")
         if self._why:
             return CallTimeoutError(f"{self._why}; the worker did not react to the stop and was killed.{lost}")
-        log = session.backend.log_tail(1500).strip()
+        lines = session.backend.log_tail(20_000).strip().splitlines()  # a crash lists all that Python has loaded
+        log = "\n".join(line for line in lines if not line.startswith("Extension modules:"))[-1500:]
         return WorkerDiedError(
             f"The worker died during this call: {why}.{lost} The next call starts a new worker and loads the model "
             "again." + (f"\nThe end of its log:\n{log}" if log else "")
@@ -571,6 +579,8 @@ class PendingCall:
     def _result(self, head: Head, frames: list[Buffer]) -> Result:
         error = head.get("error")
         if self._why and error is not None and error["ename"] == "KeyboardInterrupt":
+            begin = [line.replace("KeyboardInterrupt", "CallTimeoutError", 1) for line in error["traceback"][:2]]
+            error["traceback"] = [*begin, *error["traceback"][2:-1], f"CallTimeoutError: {self._why}"]
             error["ename"], error["evalue"] = "CallTimeoutError", self._why
         session = self.session
         values = loads(frames, session.resolve) if frames else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -129,6 +130,19 @@ def test_worker_verbs_on_a_real_worker(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["worker", "list"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(spec.key))
     assert line.split()[3].startswith("dead")
+
+
+def test_worker_is_found_by_its_models_name(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = WorkerSpec(model_name="lonely")
+    (LocalBackend(spec).folder / "spec.json").write_text(json.dumps({"spec": spec.to_json()}))
+    assert main(["worker", "stop", "lonely"]) == 0
+    assert capsys.readouterr().out == f"Had already ended: {spec.key} (lonely).\n"
+
+
+def test_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"interp-kernel {importlib.metadata.version('interp-kernel')}\n"
 
 
 def test_unknown_worker_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,8 @@ def test_inputs_that_cannot_travel_are_named(client: InterpClient) -> None:
 
     with pytest.raises(ShipError, match=r"'lock' \(lock\) can't be sent to the worker: .*cannot pickle"):
         client.run(use, 1, lock=threading.Lock())
+    with pytest.raises(ShipError, match=r"cannot pickle .*\. Make it in the remote code itself"):
+        client.run(use, 1, lock=threading.Lock())
     with pytest.raises(ShipError, match=r"'args\[1\]' \(generator\) can't be sent .* Return list"):
         client.run(use, 1, (i for i in "ab"))
     with pytest.raises(ShipError, match=r"run\(\) was given a str; expected a function"):
@@ -145,6 +147,15 @@ def test_a_time_limit(client: InterpClient) -> None:
     with pytest.raises(CallTimeoutError, match=r"the call ran past its limit of 0\.2 s"):
         client.run(lambda model, tokenizer: __import__("time").sleep(60), timeout=0.2)
     assert client.run(lambda model, tokenizer: 5, timeout=60) == 5
+    for wrong in (0, -1, "a", True):
+        with pytest.raises(SpecError, match=f"timeout is {wrong!r}; expected a number of seconds above 0"):
+            client.run(lambda model, tokenizer: 5, timeout=wrong)  # type: ignore[arg-type]
+
+
+def test_a_handle_says_what_to_do_with_it(client: InterpClient) -> None:
+    handle = client.run(lambda model, tokenizer: threading.Lock())
+    with pytest.raises(AttributeError, match=r"has no 'locked' here: the value is on the worker\. Use it in a remote"):
+        handle.locked()
 
 
 def test_a_stop_is_a_keyboard_interrupt(client: InterpClient) -> None:

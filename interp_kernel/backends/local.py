@@ -79,7 +79,7 @@ class LocalBackend:
             sock.close()
             return None
         try:
-            return LocalLink(sock, client)
+            return LocalLink(sock, client, self.spec.key)
         except (EOFError, ConnectionError):
             return None  # it ended between the two calls
 
@@ -159,13 +159,19 @@ class LocalLink:
 
     is_untaken = False
 
-    def __init__(self, sock: socket.socket, client: str) -> None:
+    def __init__(self, sock: socket.socket, client: str, key: str) -> None:
         """Make sure that the process there is this user's, then say hello.
+
+        Args:
+            sock: Connected to it.
+            client: Who we are.
+            key: The worker's, for what its user is told to do.
 
         Raises:
             WorkerRefusedError: Another user's process listens there, or one that speaks another protocol.
         """
         self._channel = Channel(sock)
+        self._advice = f"Stop it (`interp-kernel worker stop {key}`) and run the cell again."
         try:
             self._check_peer()
             self.hello: Head = self._say_hello(client)
@@ -215,17 +221,14 @@ class LocalLink:
             theirs = hello.get("protocol")
         except (ValueError, LookupError, TypeError, AttributeError):
             raise WorkerRefusedError(
-                f"The process on {self._channel.sock.getpeername()} does not answer as a worker does. "
-                "Stop it: interp-kernel worker stop."
+                f"The process on {self._channel.sock.getpeername()} does not answer as a worker does. {self._advice}"
             ) from None
         if message is None:
-            raise WorkerRefusedError(
-                f"The worker did not answer within {HELLO_S:g} s. Stop it: interp-kernel worker stop."
-            )
+            raise WorkerRefusedError(f"The worker did not answer within {HELLO_S:g} s. {self._advice}")
         if theirs != PROTOCOL:
             raise WorkerRefusedError(
                 f"The worker speaks protocol {theirs!r} and this notebook {PROTOCOL}: it was started by "
-                "another version of interp-kernel. Stop it (`interp-kernel worker stop`) and run the cell again."
+                f"another version of interp-kernel. {self._advice}"
             )
         return hello
 

@@ -314,7 +314,8 @@ class Service:
         deadline = time.monotonic() + 2
         while self._is_used() and time.monotonic() < deadline:  # until those who wait have been told and have left
             time.sleep(0.05)
-        self.stop(f"the model was not loaded: {ename}: {text}")
+        why = "its load was stopped" if ename == "KeyboardInterrupt" else f"{ename}: {text}"
+        self.stop(f"the model was not loaded: {why}")
 
     # ------------------------------------------------------------------------------------- internal
 
