@@ -91,7 +91,7 @@ def stop_workers(but: str = "") -> None:
         if worker.state != "dead" and worker.key != but:
             stop_worker(worker.key)
         if worker.state == "dead" or worker.key != but:
-            shutil.rmtree(worker.folder)
+            shutil.rmtree(worker.folder, ignore_errors=True)  # its supervisor may still be writing why it ended
 
 
 def processes_of(runtime: str) -> list[psutil.Process]:

@@ -416,12 +416,18 @@ def test_prepared_session_has_a_client_and_knows_how_to_work(made: Agent) -> Non
     code = f"{load}\nresult = client.run(logit_lens, 'The Eiffel Tower is in')\ntype(result).__name__"
     assert made.ok(code) == "'dict'"
     assert made.ok("%%remote\nmodel.config.n_layer") == "4"  # the same worker
+    cost = log_of(path)[-1]["cost"]
+    assert (cost["calls"], cost["cold_calls"], cost["backend"], cost["model_name"]) == (1, 0, "local", "demo")
+    assert cost["run_s"] > 0
+    assert cost["sent_bytes"] > 0
+    made.ok("1")
+    assert log_of(path)[-1]["cost"] is None
     assert time.monotonic() - start < 60
     assert cells(path)[0]["source"].splitlines()[0] == "from interp_kernel import InterpClient"
     made.shutdown()
     resumed = made.read("start_session_resume_notebook", notebook_path=path.name)
     assert "Note: Warm workers hold demo, so that cells need not load it." in resumed
-    assert "[done | 3 of 3 code cells ran" in resumed
+    assert "[done | 4 of 4 code cells ran" in resumed
     made.call("shutdown_session", session_id=resumed.partition("[session ")[2][:8])
 
 

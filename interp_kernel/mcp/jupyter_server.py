@@ -49,7 +49,7 @@ class ServerKernel:
         self._pump: asyncio.Task[None] | None = None
         self._queue: asyncio.Queue[Message] = asyncio.Queue()
         self._ended: str | None = "it was not started"
-        self.is_taken = False
+        self.is_taken, self.calls = False, None
 
     async def start(self, *, fresh: bool = False) -> None:
         """See `Kernel.start`; a kernel of somebody else is restarted where a fresh one is asked for."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from interp_kernel.errors import SessionError
+from interp_kernel.notebook.called import CALLS_MODULE, CALLS_VARIABLE, CallsFile
 
 START_S = 60.0
 STOP_S = 5.0
@@ -30,6 +31,10 @@ class Kernel(Protocol):
     @property
     def url(self) -> str | None:
         """The Jupyter server that keeps it, if one does."""
+
+    @property
+    def calls(self) -> CallsFile | None:
+        """What its clients write down of each call to a worker, where that can be read."""
 
     @property
     def is_taken(self) -> bool:
@@ -75,7 +80,9 @@ class LocalKernel:
             cwd: Where it works.
             environment: Its environment.
         """
-        self.folder, self.cwd, self.environment = folder, cwd, environment
+        self.folder, self.cwd = folder, cwd
+        self.calls = CallsFile(folder / "calls.jsonl")
+        self.environment = {**environment, CALLS_VARIABLE: str(self.calls.path)}
         self.pid: int | None = None
         self._manager: Any = None
         self._client: Any = None
@@ -114,7 +121,7 @@ class LocalKernel:
                 env=self.environment,
                 stdout=log,
                 stderr=log,
-                extra_arguments=["--HistoryManager.hist_file=:memory:"],
+                extra_arguments=["--HistoryManager.hist_file=:memory:", "--ext", CALLS_MODULE],
             )
         self.pid = manager.provisioner.pid
         self._client = manager.client()

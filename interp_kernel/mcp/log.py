@@ -1,4 +1,4 @@
-"""The log of attempts beside a notebook: every source, edit, output and time, in the order in which they happened.
+"""The log of attempts beside a notebook: every source, edit, output, time and cost, in the order in which they came.
 
 The notebook shows where a study ended; the log shows how it got there, with all that was edited away or failed. A run
 has an entry when it begins and one when it ends, so that one whose keeper is killed is there too.

@@ -278,6 +278,7 @@ class Runner:
             execution_count=run.count,
             seconds=round(run.seconds, 3),
             error=run.error,
+            cost=self.kernel.calls.cost() if self.kernel.calls else None,
             output_sha256=digest,
             output_chars=run.text.chars,
             output=run.text.path.name if run.text.is_in_file else run.text.read(),

@@ -15,18 +15,18 @@ from typing import Any
 
 from interp_kernel.backends import Link, Message, OnEvent
 from interp_kernel.client import InterpClient
+from interp_kernel.notebook.called import CALLS_VARIABLE
 from interp_kernel.notebook.provenance import file_hash
 from interp_kernel.protocol import Head, Packed, Shipment, frames_size
 from interp_kernel.session import Result, Session
 
-VARIABLE = "INTERP_CALLS"
 TIMES = ("load_s", "queue_s", "run_s", "return_s", "transfer_s")
 INFO = ("model_name", "revision", "commit", "class", "n_params", "dtypes", "devices", "load_s", "versions")
 
 
 def load_ipython_extension(shell: Any) -> None:
     """Have InterpClient make sessions that write their calls down; without the variable nothing changes."""
-    if os.environ.get(VARIABLE):
+    if os.environ.get(CALLS_VARIABLE):
         InterpClient.session_type = RecordedSession
 
 
@@ -131,7 +131,7 @@ class RecordedSession(Session):
 def write(line: Head) -> None:
     """Append a line; a full disk must not fail the cell."""
     try:
-        with open(os.environ[VARIABLE], "a", encoding="utf-8") as file:
+        with open(os.environ[CALLS_VARIABLE], "a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=str) + "\n")
     except OSError:
         pass

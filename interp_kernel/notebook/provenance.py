@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from interp_kernel.notebook.called import CallsFile, totals
 from interp_kernel.notebook.executed import findings, input_index, traceback
 from interp_kernel.notebook.files import Facts, utc
 
@@ -28,7 +29,6 @@ KEY_DIGITS = 12
 REMOTE = re.compile(r"%remote|interp_kernel")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 GIT_S = 10.0
-TOTALS = ("load_s", "queue_s", "run_s", "return_s", "transfer_s", "sent_bytes", "received_bytes")
 INFRASTRUCTURE = {"WorkerDiedError", "WorkerError", "LostValueError", "DeadKernelError"}
 """Names of errors that no cell is to blame for. A handle is lost only with its worker."""
 
@@ -231,12 +231,9 @@ class Ledger:
         self.price = self.facts.pop("price", None)
         self.source = source
         self.cells: list[Facts] = []
-        self.workers: list[Facts] = []
-        self.sources: dict[str, str] = {}
         self.folder = tempfile.TemporaryDirectory(prefix="interp-run-")
-        self.calls_file = Path(self.folder.name, "calls.jsonl")
+        self.calls = CallsFile(Path(self.folder.name, "calls.jsonl"))
         self._start = self._cell_start = time.monotonic()
-        self._read = 0
 
     def cell_begins(self) -> None:
         """A cell is sent."""
@@ -249,13 +246,13 @@ class Ledger:
     def cell_ended(self, index: int, cell: Mapping[str, Any]) -> None:
         """A code cell has ended, well or not."""
         facts = {"index": index, "id": cell.get("id"), "status": cell["metadata"]["papermill"]["status"]}
-        self.cells.append({**facts, "seconds": self.cell_seconds(), "calls": self._new_calls()})
+        self.cells.append({**facts, "seconds": self.cell_seconds(), "calls": self.calls.new()})
 
     def finish(self, executed: Mapping[str, Any], failure: Mapping[str, Any]) -> Facts:
         """The whole record; `failure` has status, failed_cell (of the executed notebook), ename and evalue."""
         from interp_kernel.notebook.metrics import read_metrics
 
-        self._new_calls()  # of threads that outlived their cell
+        self.calls.new()  # of threads that outlived their cell
         self.folder.cleanup()
         where = functools.partial(input_index, self.source or executed, executed)
         for cell in self.cells:
@@ -263,8 +260,6 @@ class Ledger:
         failed = failure.get("failed_cell")
         cell = executed["cells"][failed] if failed is not None else {}
         calls = [call for cell in self.cells for call in cell["calls"]]
-        totals: Facts = {name: round(sum(call[name] for call in calls), 6) for name in TOTALS}
-        totals |= {"calls": len(calls), "cold_calls": sum(call["is_cold"] for call in calls)}
         seconds = round(time.monotonic() - self._start, 3)
         hashes = self.facts["hashes"]
         self.facts |= {
@@ -279,10 +274,10 @@ class Ledger:
             "is_infrastructure": is_infrastructure(failure["status"], failure.get("ename"), failed),
             "findings": findings(executed),
             "metrics": read_metrics(executed),
-            "hashes": {**hashes, "sources": {**hashes.get("sources", {}), **self.sources}},
-            "workers": [known_better(worker, self.facts) for worker in self.workers],
+            "hashes": {**hashes, "sources": {**hashes.get("sources", {}), **self.calls.sources}},
+            "workers": [known_better(worker, self.facts) for worker in self.calls.workers.values()],
             "cells": self.cells,
-            "totals": {**totals, "retries": len(self.facts["attempts"])},
+            "totals": {**totals(calls), "retries": len(self.facts["attempts"])},
             "cost": cost_of(self.price, seconds) if self.price else None,
         }
         return self.facts
@@ -293,24 +288,6 @@ class Ledger:
         failure = {"status": "failed", "ename": type(error).__name__, "evalue": str(error), "failed_cell": None}
         seconds = round(time.monotonic() - self._start, 3)
         self.facts |= {**failure, "ended": utc(), "seconds": seconds, "traceback": [], "is_infrastructure": False}
-
-    def _new_calls(self) -> list[Facts]:
-        """What the kernel has written down since the last look."""
-        if not self.calls_file.exists():
-            return []
-        with self.calls_file.open("rb") as file:
-            file.seek(self._read)
-            new = file.read()
-        new = new[: new.rfind(b"\n") + 1]
-        self._read += len(new)
-        lines = [json.loads(line) for line in new.splitlines()]
-        known = {worker["generation"]: worker for worker in self.workers}
-        for line in lines:
-            self.sources |= line.get("sources", {})
-            if "worker" in line:
-                known.setdefault(line["worker"]["generation"], line["worker"])
-        self.workers = list(known.values())
-        return [line["call"] for line in lines if "call" in line]
 
 
 def cost_of(price: Facts, seconds: float) -> Facts:

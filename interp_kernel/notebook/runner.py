@@ -36,11 +36,11 @@ from papermill.exceptions import PapermillExecutionError
 from interp_kernel.client import InterpClient
 from interp_kernel.kernelspec import NAME, kernelspec_folder
 from interp_kernel.magics import json_or_text, settings_from
+from interp_kernel.notebook.called import CALLS_MODULE, CALLS_VARIABLE
 from interp_kernel.notebook.provenance import REMOTE, Ledger, OnCell, facts_of
 from interp_kernel.notebook.record import Failure, Record, join_streams, model_options
 
 OUTPUTS_MODULE = "interp_kernel.notebook.outputs"
-CALLS_MODULE, CALLS_VARIABLE = "interp_kernel.notebook.calls", "INTERP_CALLS"
 POLL_S = 0.1
 GRACE_S = 10.0
 """How long a cell may take to end after it was interrupted, before its kernel is killed."""
@@ -130,7 +130,7 @@ def execute(
         cell_timeout_s=execution_timeout,
         **{"iopub_timeout": 60, **client_options},
     )
-    environment = kernel_environment(nb, model) | {CALLS_VARIABLE: str(ledger.calls_file)}
+    environment = kernel_environment(nb, model) | {CALLS_VARIABLE: str(ledger.calls.path)}
     record.notebook_start()
     with client.signals_caught():
         failure = run_sync(client.run_cells)(env=environment, cwd=kernel_cwd or os.getcwd())
