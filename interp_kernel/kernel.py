@@ -6,14 +6,15 @@ after a restart, and completion waits for the running cell.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ipykernel.ipkernel import IPythonKernel
-from ipykernel.jsonutil import json_clean
 from ipykernel.kernelapp import IPKernelApp
+from jupyter_client.jsonutil import json_clean, json_default
 
 ANSWERED = {
     "complete_request",
@@ -38,6 +39,7 @@ class InterpKernel(IPythonKernel):
         """Register the magics by name only: they are imported when first used."""
         super().__init__(**kwargs)
         self._waits = 0
+        self.session.pack = pack
         os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")  # else each notebook carries 4.8 MB of plotly.js
         self.shell.magics_manager.register_lazy("remote", "interp_kernel")
 
@@ -86,10 +88,22 @@ class InterpKernel(IPythonKernel):
                 "comm_info_request": lambda: {"status": "ok", "comms": {}},
                 "kernel_info_request": lambda: {"status": "ok", **self.kernel_info},
             }
-            reply = json_clean(answers[kind]())
+            reply = answers[kind]()
             self.session.send(self.shell_stream, kind.replace("request", "reply"), reply, parent=request, ident=idents)
         finally:
             self._publish_status("idle", "shell", parent=request)
+
+
+def pack(message: Any) -> bytes:
+    """A message's JSON, in which half a character, as `'\\ud800'` is one, becomes `?`.
+
+    jupyter_client raises there, in the thread that sends all output: this one is lost, and at times all that follows.
+    """
+    try:
+        text = json.dumps(message, default=json_default, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        text = json.dumps(json_clean(message), default=json_default, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "replace")
 
 
 def main() -> None:

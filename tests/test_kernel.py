@@ -121,6 +121,14 @@ def test_stop_works_in_a_plain_kernel(plain: Notebook) -> None:
 # --------------------------------------------------------------------------------------------------- background
 
 
+def test_half_a_character_costs_neither_its_output_nor_the_next(nb: Notebook) -> None:
+    halves = "for half in ('\\ud800', '\\udcff'):\n    print(f'half {half} pair', flush=True)\nfloat('nan')"
+    cell = nb.ok(halves)
+    assert (cell.stdout, cell.text) == ("half ? pair\n" * 2, "nan")
+    assert nb.ok("from IPython.display import JSON\nJSON({'\\ud800': float('nan')})").shown
+    assert nb.ok("6 * 7").value == 42
+
+
 def test_background_output_lands_in_its_own_cell_while_another_runs(nb: Notebook, tmp_path: Path) -> None:
     go, said, end = (str(tmp_path / name) for name in ("go", "said", "end"))
     body = (

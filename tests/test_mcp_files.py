@@ -129,7 +129,7 @@ def test_numbers_that_json_does_not_have_are_written_so_that_browsers_can_read_t
 
 
 def test_half_a_character_breaks_neither_session_nor_file(opened: Agent, study: Path) -> None:
-    opened.run("print('half \\ud800 pair')")
+    assert opened.ok("print('half \\ud800 pair')") == "half ? pair"
     facts = opened.run("'whole ✓'")
     assert outputs_of(study, facts["cell_id"]) == "'whole ✓'"
 
