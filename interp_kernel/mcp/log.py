@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from interp_kernel.notebook.files import utc
 
 MAX_TEXT_BYTES = 64_000_000
 INLINE_CHARS = 20_000
@@ -33,7 +34,7 @@ class AttemptLog:
 
     def append(self, event: str, **fields: Any) -> None:
         """Add an entry; a disk that refuses it is told in `problem` and doesn't stop the work."""
-        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
+        entry = {"time": utc(), "event": event, **fields}
         line = json.dumps(entry, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
         self._write(self.path, line)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from interp_kernel.notebook.files import Facts
 
 CALLS_MODULE, CALLS_VARIABLE = "interp_kernel.notebook.calls", "INTERP_CALLS"
 TOTALS = ("load_s", "queue_s", "run_s", "return_s", "transfer_s", "sent_bytes", "received_bytes")
-Facts = dict[str, Any]
 
 
 class CallsFile:
@@ -52,8 +52,7 @@ class CallsFile:
         return {**totals(calls), **{name: worker.get(name) for name in ("backend", "gpu", "model_name")}}
 
 
-def totals(calls: Iterable[Facts]) -> Facts:
+def totals(calls: Sequence[Facts]) -> Facts:
     """Seconds and bytes of calls, how many there were, and how many met a worker that had yet to load."""
-    calls = list(calls)
     sums: Facts = {name: round(sum(call[name] for call in calls), 6) for name in TOTALS}
     return sums | {"calls": len(calls), "cold_calls": sum(call["is_cold"] for call in calls)}
