@@ -409,12 +409,31 @@ def _rebuild_tensor(data: Buffer, dtype: str, shape: tuple[int, ...], requires_g
 class Shipment:
     """What `dumps` found out about a value on the way: the frames and what must go along."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        """Nothing is in it yet; `limit` is the largest size of its frames in bytes."""
+        self.limit, self.nbytes = limit, 0
         self.frames: list[Buffer] = []
         self.modules: set[str] = set()  # modules whose functions or classes went by name
         self.files: set[str] = set()  # files of functions that went by value: cells, for tracebacks
         self.held: Sequence[Any] = ()  # remote values in it
         self.by_value = False  # bytecode is inside, so both sides need the same Python minor version
+
+    def take(self, buffer: pickle.PickleBuffer) -> bool:
+        """Add a buffer of the value as a frame; called by the pickler."""
+        raw = buffer.raw()
+        self.add(raw.nbytes)
+        self.frames.append(raw)
+        return False
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes that are part of it; raises TooLargeError if they pass the limit."""
+        self.check(nbytes)
+        self.nbytes += nbytes
+
+    def check(self, nbytes: int) -> None:
+        """Raise TooLargeError if so many bytes more would pass the limit."""
+        if self.limit is not None and self.nbytes + nbytes > self.limit:
+            raise TooLargeError
 
 
 Reducer = Callable[[Any], Reference | None]
@@ -426,21 +445,10 @@ def _pickler_class() -> type[Any]:
     import cloudpickle
 
     class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def __init__(self, shipment: Shipment, reducer: Reducer, limit: int | None, lazy: bool) -> None:
-            self.stream = io.BytesIO() if limit is None else _LimitedBytes(limit)
-            self.shipment, self.reducer, self.limit, self.lazy, self.nbytes = shipment, reducer, limit, lazy, 0
-            super().__init__(self.stream, protocol=5, buffer_callback=self.take)
-
-        def take(self, buffer: pickle.PickleBuffer) -> bool:
-            raw = buffer.raw()
-            self.count(raw.nbytes)
-            self.shipment.frames.append(raw)
-            return False
-
-        def count(self, nbytes: int) -> None:
-            self.nbytes += nbytes
-            if self.limit is not None and self.nbytes > self.limit:
-                raise TooLargeError
+        def __init__(self, stream: io.BytesIO, shipment: Shipment, reducer: Reducer, lazy: bool) -> None:
+            self.shipment, self.reducer, self.lazy = shipment, reducer, lazy
+            # A callback of its own would make a cycle, and what it has seen would stay until Python collects garbage.
+            super().__init__(stream, protocol=5, buffer_callback=shipment.take)
 
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, types.CodeType):
@@ -482,8 +490,7 @@ def _pickler_class() -> type[Any]:
             plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
             if not plain or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
                 return NotImplemented if tensor.device.type in ("cpu", "meta") else tensor.cpu().__reduce_ex__(5)
-            if self.limit is not None and self.nbytes + tensor.nbytes > self.limit:
-                raise TooLargeError  # before a copy from the GPU is made
+            self.shipment.check(tensor.nbytes)  # before a copy from the GPU is made
             data = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8).numpy()
             requires_grad = tensor.requires_grad and tensor.is_leaf
             return _rebuild_tensor, (
@@ -554,11 +561,11 @@ def dumps(value: Any, reducer: Reducer = no_reference, limit: int | None = None,
         TooLargeError: The pickle is larger than `limit`.
         Exception: Whatever pickling the value raised, as a TypeError or a ShipError.
     """
-    shipment = Shipment()
-    pickler = _pickler_class()(shipment, reducer, limit, lazy)
-    pickler.dump(value)
-    pickler.count(pickler.stream.tell())
-    shipment.frames.insert(0, pickler.stream.getbuffer())
+    shipment = Shipment(limit)
+    stream = io.BytesIO() if limit is None else _LimitedBytes(limit)
+    _pickler_class()(stream, shipment, reducer, lazy).dump(value)
+    shipment.add(stream.tell())
+    shipment.frames.insert(0, stream.getbuffer())
     return shipment
 
 
