@@ -232,6 +232,8 @@ class Session:
 
     def _give_back(self, link: Link) -> None:
         self._links.append(link)
+        if not self._is_open:
+            self.close()  # this client has left meanwhile
 
     def _note_worker(self, hello: Head, started: bool, on_event: OnEvent) -> None:
         before, self.hello, self.generation = self.hello, hello, hello["generation"]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import enum
+import fcntl
+import gc
 import json
 import math
 import os
+import resource
 import socket
 import subprocess
 import sys
+import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -46,6 +53,17 @@ def channels() -> Iterator[tuple[Channel, Channel]]:
     finally:
         left.close()
         right.close()
+
+
+@contextmanager
+def raised_limit(descriptors: int) -> Iterator[None]:
+    """Let this process have so many descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(descriptors, hard)), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def no_references(reference: Any) -> Any:
@@ -147,6 +165,41 @@ def test_the_peer_is_the_process_at_the_other_end() -> None:
     left, right = socket.socketpair()
     with left, right:
         assert peer(left) == (os.getpid(), os.getuid())
+
+
+# ---------------------------------------------------------------------------------------------- waiting
+
+
+@pytest.mark.parametrize("within_s", [0, 0.0001, 0.2])
+def test_a_wait_ends_in_time(within_s: float) -> None:
+    with channels() as (near, _):
+        assert not near.arrives(within_s)
+
+
+def test_a_wait_ends_with_what_comes_or_with_the_other_side() -> None:
+    with channels() as (near, far), ThreadPoolExecutor() as threads:
+        waiting = threads.submit(near.arrives, None)
+        far.send(Packed({"n": 1}))
+        assert waiting.result(10)
+        near.receive()
+        waiting = threads.submit(near.arrives, None)
+        assert not near.arrives(0)
+        far.close()
+        assert waiting.result(10)
+
+
+def test_a_wait_ends_with_a_stop_also_where_descriptors_are_many() -> None:
+    with channels() as (near, _), raised_limit(4096):
+        ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 2000) for fd in os.pipe()]
+        os.write(ends[1], b"!")
+        assert not near.arrives(None, ends[0])
+
+
+def test_a_long_wait_costs_no_processor_time() -> None:
+    with channels() as (near, _):
+        before = time.thread_time()
+        near.arrives(1.0)
+        assert time.thread_time() - before < 0.3
 
 
 # ------------------------------------------------------------------------------------------------ blobs
@@ -320,6 +373,24 @@ def test_the_limit_counts_text_and_buffers(value: object) -> None:
     with pytest.raises(TooLargeError):
         dumps(value, limit=2000)
     assert loads(dumps(value, limit=8000).frames, no_references) is not None
+
+
+def test_what_was_pickled_is_free_at_once() -> None:
+    value = np.ones(1000)
+    gone = weakref.ref(value)
+    gc.disable()
+    try:
+        dumps({"value": value, "function": lambda: value})
+        del value
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_bytecode_with_constants_that_no_source_has_travels() -> None:
+    code = (lambda: "here").__code__
+    odd = code.replace(co_consts=tuple(Path("there") if c == "here" else c for c in code.co_consts))
+    assert travel(FunctionType(odd, {"__name__": "__main__"}))() == Path("there")
 
 
 def test_plain_values_need_no_torch() -> None:

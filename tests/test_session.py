@@ -520,3 +520,11 @@ def test_hello_tells_who_is_there(connect: Connect) -> None:
     run_cell(a, "print('ready', flush=True)", at={"ready": lambda: busy.append(b.ask({"verb": "hello"}))})
     assert json.dumps(busy[0]["info"]) == json.dumps(hello["info"])
     assert os.getpid() != hello["pid"]
+
+
+def test_a_client_that_asks_after_it_has_left_leaves_again(connect: Connect) -> None:
+    left, other = connect(), connect()
+    left.close()
+    wait_until(lambda: other.ask({"verb": "hello"})["clients"] == 1)
+    assert left.ask({"verb": "hello"})["clients"] == 2
+    wait_until(lambda: other.ask({"verb": "hello"})["clients"] == 1)

@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -189,12 +188,10 @@ class LocalLink:
 
     def receive(self, timeout_s: float | None, wake_fd: int | None = None) -> Message | None:
         """See `Link.receive`."""
-        readers = [self._channel.fileno()] if wake_fd is None else [self._channel.fileno(), wake_fd]
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while (message := self._channel.received()) is None:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready, _, _ = select.select(readers, [], [], left)
-            if readers[0] not in ready:
+            if not self._channel.arrives(left, wake_fd):
                 return None
             self._channel.fill()
         return message

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
 import threading
 from collections import deque
@@ -112,8 +111,6 @@ class Connection:
         self._lent = False  # set at each call: the main thread may read
         self._returned = threading.Event()
         self._left: Message | Exception | None = None  # what the main thread got and left to this connection's own
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
 
     def serve(self) -> None:
         """Answer until the client is gone. Its first message says who it is."""
@@ -138,7 +135,7 @@ class Connection:
             return False  # its own thread is about to read, or does
         try:
             message = self._channel.received()
-            if message is None and self._poll.poll(1000 * within_s):
+            if message is None and self._channel.arrives(within_s):
                 self._channel.fill()
                 message = self._channel.received()
             if message is not None and message[0]["verb"] == "submit":
