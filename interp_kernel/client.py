@@ -351,8 +351,11 @@ class Job:
         return self._future.result(timeout)
 
     def cancel(self) -> bool:
-        """Stop the call, queued or running; True if it was there. `result()` then raises KeyboardInterrupt."""
-        return self._session.interrupt(self.id)
+        """Stop the call, wherever it is; False if it has ended. `result()` then raises KeyboardInterrupt."""
+        if self.done():
+            return False
+        self._session.cancel(self.id)
+        return True
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""

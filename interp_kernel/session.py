@@ -178,6 +178,7 @@ class Session:
         self._acknowledge: list[str] = []
         self._known: set[str] = set()
         self._known_modules: set[str] = set()
+        self._cancelled: set[str] = set()
         self._values: weakref.WeakSet[RemoteValue] = weakref.WeakSet()
         self._count = itertools.count(1)
         self._is_open = False
@@ -364,6 +365,11 @@ class Session:
         """Stop a call, running or queued."""
         return bool(self.ask({"verb": "interrupt", "id": call_id}))
 
+    def cancel(self, call_id: str) -> None:
+        """Stop a call that another thread of this session makes, also if it is not on its way yet."""
+        if not self.interrupt(call_id):
+            self._cancelled.add(call_id)  # its own thread looks there before it sends the call and after
+
     def stop(self, reason: str = "stopped by %remote stop") -> str:
         """End the worker if it runs; returns a sentence that names the remote values that are gone, or nothing."""
         link = self.backend.attach(self.client)
@@ -455,6 +461,9 @@ class PendingCall:
 
     def wait(self, on_event: OnEvent, timeout: float | None, stops: Stops) -> Result:
         """Submit the call and return its result; see `Session.run`."""
+        if self._is_cancelled():
+            self.session._give_back(self.link)
+            raise stopped("stopped before it began")
         try:
             self._submit()
         except ShipError:  # too large for this link, which is as good as before
@@ -610,6 +619,15 @@ class PendingCall:
         elif limit is not None and not self._why and time.monotonic() >= limit:
             self._why = f"the call ran past its limit of {timeout:g} s"
             self._stop()
+        elif self._is_cancelled():
+            self._stop()
+
+    def _is_cancelled(self) -> bool:
+        """Whether `Session.cancel` did not find it on the worker; once."""
+        if self.id not in self.session._cancelled:
+            return False
+        self.session._cancelled.remove(self.id)
+        return True
 
     def _on_silence(self, on_event: OnEvent) -> None:
         pid = self.link.hello["pid"]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,22 @@ def test_a_job_can_be_cancelled_running_or_queued(client: InterpClient) -> None:
             job.result(30)
         assert repr(job) == "<Job failed>"
     assert not running.cancel()
+    assert client.run(lambda model, tokenizer: 1) == 1
+
+
+def test_a_job_can_be_cancelled_before_it_is_on_its_way(client: InterpClient) -> None:
+    def endless(model: Any, tokenizer: Any) -> None:
+        import time
+
+        while True:
+            time.sleep(0.01)
+
+    for pause_s in [0.0001 * i for i in range(30)]:  # from before the call is sent until after it runs
+        job = client.submit(endless)
+        time.sleep(pause_s)
+        assert job.cancel()
+        with pytest.raises(KeyboardInterrupt):
+            job.result(30)
     assert client.run(lambda model, tokenizer: 1) == 1
 
 
