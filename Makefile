@@ -6,6 +6,9 @@ READY := .venv/.ready
 # Twice quiet: one quiet still warns about every index that a machine's own pip settings name in vain.
 PIP := $(BIN)/python -m pip -qq --no-input --disable-pip-version-check
 
+# Where bytecode is not kept, each process compiles torch and transformers anew: six seconds of a core.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test soak bench lab lock clean chromium
 
 demo: $(READY)
