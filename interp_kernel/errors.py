@@ -124,9 +124,7 @@ def remote_error(ename: str, evalue: str, traceback: list[str]) -> RemoteError:
 
     It can be caught as RemoteError, and under its own name if that is a common built-in one or one of ours.
     """
-    error = _remote_class(ename).__new__(_remote_class(ename))
-    RemoteError.__init__(error, ename, evalue, traceback)
-    return error
+    return _remote_class(ename)(ename, evalue, traceback)
 
 
 def stopped(text: str) -> RemoteError:

@@ -30,8 +30,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar
+from functools import _lru_cache_wrapper, cache, lru_cache
+from typing import Any, ClassVar, cast
 
 from interp_kernel.errors import ShipError
 from interp_kernel.imports import imported_by_code
@@ -295,6 +295,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self._buffer = bytearray()
+        self._needed = 4  # bytes of the buffer without which it holds no message
         self._fds: deque[int] = deque()
         self._crowded_until = 0.0
         self._poll = select.poll()
@@ -367,15 +368,18 @@ class Channel:
     def received(self) -> tuple[Head, list[bytearray], BlobFile | None] | None:
         """A message that has arrived whole, or None."""
         buffer = self._buffer
-        if len(buffer) < 4:
+        if len(buffer) < self._needed:
             return None
         n = int.from_bytes(buffer[:4], "big")
         start = 4 + 8 * n
         if len(buffer) < start:
+            self._needed = start
             return None
         lengths = struct.unpack_from(f"!{n}Q", buffer, 4)
         if len(buffer) < start + sum(lengths):
+            self._needed = start + sum(lengths)
             return None
+        self._needed = 4
         frames: list[bytearray] = []  # not bytes: arrays and tensors made of them may be written to
         for length in lengths:
             frames.append(buffer[start : start + length])
@@ -498,6 +502,8 @@ def _pickler_class() -> type[Any]:
                 self.note_function(obj)
                 reduced = super().reducer_override(obj)
                 return with_lazy_globals(reduced) if self.lazy and isinstance(reduced, tuple) else reduced
+            if isinstance(obj, _lru_cache_wrapper) and obj.__module__ == "__main__":
+                return with_cache, (obj.__wrapped__, obj.cache_parameters())  # by name it would not be found there
             if type(obj) is ImportedName:
                 return load_reference, ("attribute", [obj.module, obj.name])
             if (reference := self.reducer(obj)) is not None:
@@ -561,12 +567,25 @@ def importable(value: Any) -> tuple[str, str] | None:
     return module, name
 
 
+def with_cache(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    """The function with an empty cache of its results."""
+    return lru_cache(**parameters)(function)
+
+
 def reduce_code(code: types.CodeType) -> Any:
     """Bytecode as Python itself stores it, in a tenth of the time that its fields take one by one."""
-    try:
-        return marshal.loads, (marshal.dumps(code),)
-    except ValueError:
-        return NotImplemented  # a library has put constants into it that no source has; cloudpickle takes them
+    if not is_of_source(code):
+        return NotImplemented  # marshal refuses such a constant, or makes bytes of it; cloudpickle takes it
+    return marshal.loads, (marshal.dumps(code),)
+
+
+def is_of_source(constant: object) -> bool:
+    """Whether a constant of a function can be written in Python; libraries put others there."""
+    if isinstance(constant, types.CodeType):
+        return all(map(is_of_source, constant.co_consts))
+    if type(constant) in (tuple, frozenset):
+        return all(map(is_of_source, cast("Iterable[object]", constant)))
+    return type(constant) in (types.NoneType, bool, int, float, complex, str, bytes, types.EllipsisType)
 
 
 def with_lazy_globals(reduced: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ from interp_kernel.errors import (
     ShipError,
     WorkerDiedError,
     WorkerError,
+    WorkerRefusedError,
     remote_error,
     stopped,
 )
@@ -179,6 +180,7 @@ class Session:
         self._known: set[str] = set()
         self._known_modules: set[str] = set()
         self._cancelled: set[str] = set()
+        _sessions.add(self)
         self._values: weakref.WeakSet[RemoteValue] = weakref.WeakSet()
         self._count = itertools.count(1)
         self._is_open = False
@@ -372,7 +374,14 @@ class Session:
 
     def stop(self, reason: str = "stopped by %remote stop") -> str:
         """End the worker if it runs; returns a sentence that names the remote values that are gone, or nothing."""
-        link = self.backend.attach(self.client)
+        try:
+            link = self.backend.attach(self.client)
+        except WorkerRefusedError:  # it hangs, or is another's
+            if not self.hello:
+                raise
+            self.backend.kill(self.hello["pid"])
+            self._await_end(self.hello["pid"])
+            return self._forget_worker()
         if link is None:
             return self._forget_worker()
         pid = link.hello["pid"]
@@ -438,10 +447,27 @@ class Session:
 
     def _release_forever(self) -> None:
         """Free what no RemoteValue names any more; a thread, since finalizers may run anywhere."""
+        waiting: list[tuple[str | None, int]] = []
         while True:
-            generation, value_id = self.releases.get()
-            if generation == self.generation and self._is_open:  # else the worker frees them by itself
-                self.ask({"verb": "release", "values": [value_id]})
+            waiting.append(self.releases.get())
+            waiting = [value for value in waiting if value[0] == self.generation]  # the others went with their worker
+            if waiting and self._is_open:  # else with the next one, unless the worker has freed them by itself
+                with suppress(WorkerError):
+                    self.ask({"verb": "release", "values": [value_id for _, value_id in waiting]})
+                    waiting = []
+
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _become_others() -> None:
+    """In a forked child: its sessions are clients of their own, or parent and child would get each other's answers."""
+    for session in _sessions:
+        session.client = uuid.uuid4().hex
+        session._links, session._acknowledge = [], []  # dropped, not closed: they are the parent's
+
+
+os.register_at_fork(after_in_child=_become_others)
 
 
 class PendingCall:
@@ -484,9 +510,8 @@ class PendingCall:
                 self._heed(limit, timeout, stops)  # also while events keep coming
                 if message is None:
                     self._on_silence(on_event)
-                elif (result := self._take(message, on_event)) is not None:
-                    self.session._give_back(self.link)
-                    return result
+                elif self._take(message, on_event):
+                    break
             except (EOFError, OSError):
                 if self.link.is_untaken:
                     self._start_over(on_event, stops)
@@ -495,6 +520,9 @@ class PendingCall:
             except BaseException:
                 self.link.close()
                 raise
+        self.session._give_back(self.link)
+        head, inline, file = message
+        return self._result(head, BlobStore().frames(head, inline, file))  # what this raises is not the link's fault
 
     # ---------------------------------------------------------------------------------------- send
 
@@ -558,34 +586,34 @@ class PendingCall:
 
     # ------------------------------------------------------------------------------------- receive
 
-    def _take(self, message: Message, on_event: OnEvent) -> Result | None:
-        head, inline, file = message
-        event = head["event"]
+    def _take(self, message: Message, on_event: OnEvent) -> bool:
+        """Deal with a message; True if it holds the result."""
+        head, event = message[0], message[0]["event"]
         if event == "missing":
             if "generation" in head:
                 raise EOFError  # another worker answers there: this call's own is gone
             self._submit(head["modules"], all_blobs=True)
-            return None
+            return False
         if event == "unknown" and self.is_followed:
             raise WorkerError(
                 f"The worker knows no call {self.id!r}: it has ended and was read, or ran on another one."
             )
         if event == "unknown":
             self._submit()  # it was lost on the way; the id makes sure that it runs once
-            return None
+            return False
         if event == "forgotten":
             raise WorkerError("The call has run, but its result was dropped: the connection was away for too long.")
         if head.get("call") != self.id or head["seq"] <= self.seen:
-            return None
+            return False
         self.seen = head["seq"]
         if not head["last"]:
             on_event(head)
-            return None
+            return False
         if head.get("blobs"):  # large, so the worker should not keep it until the next call
             self.link.send(Packed({"verb": "acknowledge", "id": self.id, "upto": self.seen}))
         else:
             self.session._acknowledge.append(self.id)
-        return self._result(head, BlobStore().frames(head, inline, file))
+        return True
 
     def _result(self, head: Head, frames: list[Buffer]) -> Result:
         error = head.get("error")

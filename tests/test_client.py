@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from interp_kernel import InterpClient
-from interp_kernel.errors import CallTimeoutError, RemoteError, ShipError, SpecError, TechniqueError, WorkerError
+from interp_kernel.errors import (
+    CallTimeoutError,
+    RemoteError,
+    ShipError,
+    SpecError,
+    TechniqueError,
+    WorkerError,
+    remote_error,
+)
 from interp_kernel.session import RemoteValue
 from tests.helpers_worker import DEMO, press_stop, wait_until
 
@@ -379,3 +390,114 @@ def test_a_client_needs_no_torch(client: InterpClient) -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "['text'] []\n"
+
+
+REBUILT_FROM: dict[str, tuple[str, type[Exception]]] = {
+    "a file that is not here": ("open, ('/not/here',)", FileNotFoundError),
+    "an end of file": ("exec, ('raise EOFError',)", EOFError),
+}
+
+
+@pytest.mark.parametrize("what", REBUILT_FROM)
+def test_a_result_that_can_t_be_made_here_is_an_error(what: str, client: InterpClient) -> None:
+    parts, expected = REBUILT_FROM[what]
+    space: dict[str, Any] = {"__name__": "__main__"}
+    made = f"type('Made', (), {{'__reduce__': lambda self: ({parts})}})()"
+    exec(f"def make(model, tokenizer): return {made}", space)
+    with pytest.raises(expected):
+        client.submit(space["make"]).result(20)
+    assert client.run(lambda model, tokenizer: 1) == 1
+
+
+def test_children_that_a_script_forks_get_their_own_answers(client: InterpClient) -> None:
+    client.run(lambda model, tokenizer: 0)
+    code = """if True:
+        import multiprocessing, sys, time
+        from interp_kernel import InterpClient
+        client = InterpClient()
+        def answer(model, tokenizer, x):
+            import time
+            time.sleep(0.05)
+            return x
+        def child(x):
+            for i in range(5):
+                assert client.run(answer, (x, i)) == (x, i)
+        assert client.run(answer, 0) == 0
+        context = multiprocessing.get_context("fork")
+        children = [context.Process(target=child, args=(x,)) for x in range(4)]
+        for process in children:
+            process.start()
+        assert client.run(answer, 5) == 5
+        for process in children:
+            process.join()
+        print([process.exitcode for process in children], client.run(answer, 6))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "[0, 0, 0, 0] 6\n", done.stderr
+
+
+def test_a_call_that_takes_all_descriptors_leaves_the_worker_within_reach(client: InterpClient) -> None:
+    def take(model: Any, tokenizer: Any, gate: str) -> int:
+        import os
+        import resource
+        import time
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, limit[1]))
+        taken = []
+        try:
+            while True:
+                taken.append(os.open("/dev/null", 0))
+        except OSError:
+            print("ready", flush=True)
+        while not os.path.exists(gate):
+            time.sleep(0.005)
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        return len(taken)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as threads:
+        gate = Path(folder, "gate")
+        job = client.submit(take, str(gate))
+        wait_until(lambda: job.events)
+        late = [InterpClient(model_name=DEMO) for _ in range(3)]
+        others = [threads.submit(other.connect) for other in late]
+        wait([others[0]], timeout=0.2)  # the first has a descriptor that was kept for it
+        gate.touch()
+        assert job.result(30) > 100
+        assert {other.result(30)["model_name"] for other in others} == {"demo"}
+        assert {other.session.generation for other in late} == {client.session.generation}
+        for other in late:
+            other.close()
+
+
+def test_inputs_that_do_not_fit_are_an_error_and_the_next_call_works(client: InterpClient) -> None:
+    def limit(model: Any, tokenizer: Any, more: int) -> None:
+        import resource
+        from pathlib import Path
+
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + more if more else -1, -1))
+
+    client.run(limit, 200_000_000)
+    try:
+        with pytest.raises(MemoryError, match="The inputs do not fit into the worker's memory"):
+            client.submit(lambda model, tokenizer, x: len(x), bytearray(400_000_000)).result(30)
+    finally:
+        client.run(limit, 0)
+    assert client.run(lambda model, tokenizer, x: len(x), bytearray(2_000_000)) == 2_000_000
+
+
+EXCEPTIONS = [n for n, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, BaseException)]
+
+
+@pytest.mark.parametrize("name", EXCEPTIONS)
+def test_every_error_of_python_can_be_told(name: str) -> None:
+    error = remote_error(name, "the text", ["its", "lines"])
+    assert (type(error).__name__, error.evalue, str(error)[-8:]) == (name, "the text", "the text")
+
+
+def test_a_lack_of_memory_on_the_worker_can_be_caught_by_its_name(client: InterpClient) -> None:
+    with pytest.raises(MemoryError):
+        client.run(lambda model, tokenizer: bytearray(1 << 60))

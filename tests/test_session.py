@@ -528,3 +528,35 @@ def test_a_client_that_asks_after_it_has_left_leaves_again(connect: Connect) -> 
     wait_until(lambda: other.ask({"verb": "hello"})["clients"] == 1)
     assert left.ask({"verb": "hello"})["clients"] == 2
     wait_until(lambda: other.ask({"verb": "hello"})["clients"] == 1)
+
+
+def test_a_worker_ends_although_it_can_t_say_why(connect: Connect) -> None:
+    session = connect(WorkerSpec(model_name=DEMO, dtype="bfloat16"))
+    pid = session.hello["pid"]
+    (backend_of(session).folder / "reason").mkdir()  # as where the disk is full, it can't be written
+    session.stop()
+    assert not psutil.pid_exists(pid)
+    (backend_of(session).folder / "reason").rmdir()
+
+
+def test_a_worker_that_hangs_can_be_ended(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("interp_kernel.backends.local.HELLO_S", 0.5)
+    session = connect(WorkerSpec(model_name=DEMO, dtype="bfloat16"))
+    worker = psutil.Process(session.hello["pid"])
+    worker.suspend()
+    session.stop()
+    assert not worker.is_running()
+
+
+def test_what_is_dropped_while_the_client_is_away_is_freed(connect: Connect) -> None:
+    session = connect()
+    mark = "class Mark: pass\nimport gc\n"
+    held = [run_cell(session, f"{mark}a = Mark()", head={"keep": ["a"]})["a"] for _ in range(2)]
+    count = "import gc\nn = sum(type(o).__name__ == 'Mark' for o in gc.get_objects())"
+    assert run_cell(session, count)["n"] == 2
+    session.close()
+    held.pop()
+    wait_until(session.releases.empty)
+    assert run_cell(session, count)["n"] == 2
+    held.pop()
+    wait_until(lambda: run_cell(session, count)["n"] == 0)

@@ -77,10 +77,16 @@ class LocalBackend:
         except (FileNotFoundError, ConnectionRefusedError):
             sock.close()
             return None
+        pid, _ = peer(sock)
         try:
             return LocalLink(sock, client, self.spec.key)
         except (EOFError, ConnectionError):
-            return None  # it ended between the two calls
+            deadline = time.monotonic() + EXIT_NOTE_S
+            while process_exists(pid):  # else it ended between the two calls, or is about to
+                if time.monotonic() > deadline:  # never start a second one beside it
+                    raise WorkerRefusedError("The worker is out of descriptors or memory; try again later.") from None
+                time.sleep(0.01)
+            return None
 
     def why_ended(self, pid: int) -> str | None:
         """See `Backend.why_ended`; waits up to a second for the supervisor's note."""

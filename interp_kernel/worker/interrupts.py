@@ -27,7 +27,7 @@ class Interrupter:
         self._pid = os.getpid()
         self._running: str | None = None
         self._since = 0.0
-        self._target: str | None = None
+        self._targets: set[str] = set()  # calls that are to be stopped, now or when they begin
         self._shields = 0
         self._waiting = False
         self._raised: KeyboardInterrupt | None = None
@@ -36,12 +36,13 @@ class Interrupter:
 
     def interrupt(self, call_id: str) -> bool:
         """Stop a call if it is the one that runs now, and what it has started, as Ctrl-C would; from any thread."""
-        started = list(_processes_since(self._since))
+        since, now = self._since, _uptime()
+        self._targets.add(call_id)
         if self._running != call_id:
             return False
-        self._target = call_id
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        for pid in started:  # after the call itself, which may wait for one of them and would go on
+        # After the call itself, which may wait for one of them and would go on, and would make the search slow.
+        for pid in _processes_between(since, now):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGINT)
         return True
@@ -51,6 +52,8 @@ class Interrupter:
         value, error = None, None
         try:
             self._since, self._running = _uptime(), call_id
+            if call_id in self._targets:  # it was stopped after it had left the queue
+                raise KeyboardInterrupt
             value = code()
         except BaseException as raised:  # noqa: BLE001 - a call may raise anything, SystemExit too
             error = raised
@@ -59,6 +62,7 @@ class Interrupter:
         while True:  # a stop may arrive on these very lines
             try:
                 self._running = None
+                self._targets.discard(call_id)
                 self._shields, self._waiting = 0, False
                 return value, error
             except KeyboardInterrupt as late:
@@ -77,9 +81,9 @@ class Interrupter:
             raise KeyboardInterrupt
 
     def _on_signal(self, *_: Any) -> None:
-        if self._target is None or self._target != self._running:
+        if self._running not in self._targets:
             return
-        self._target = None
+        self._targets.discard(self._running)
         if self._shields:
             self._waiting = True
         else:
@@ -102,15 +106,15 @@ def _uptime() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def _processes_since(moment: float) -> Iterator[int]:
-    """The other processes of this one's group that were started since then (`_uptime`); none where there is no /proc.
+def _processes_between(since: float, until: float) -> Iterator[int]:
+    """The other processes of this one's group that were started then (`_uptime`); none where there is no /proc.
 
     Those of earlier calls, and those with a group of their own, are meant to live on.
     """
-    group, tick = os.getpgid(0), int(moment * os.sysconf("SC_CLK_TCK"))
+    group, tick = os.getpgid(0), os.sysconf("SC_CLK_TCK")
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
             _, _, fields = (folder / "stat").read_text().rpartition(")")
             pid, its_group, its_start = int(folder.name), int(fields.split()[2]), int(fields.split()[19])
-            if its_group == group and its_start >= tick and pid != os.getpid():
+            if its_group == group and int(since * tick) <= its_start <= int(until * tick) and pid != os.getpid():
                 yield pid

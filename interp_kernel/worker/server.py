@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,8 @@ from interp_kernel.protocol import BlobFile, Channel, Head, Packed, peer
 from interp_kernel.worker.service import Service
 
 LENT_S = 0.01  # after a call, or two, of this length a connection's own thread reads again, for a stop may come
+
+RETRY_S = 0.05
 
 Message = tuple[Head, list[bytearray], BlobFile | None]
 
@@ -37,7 +40,11 @@ def serve_forever(service: Service, sock: socket.socket) -> None:
 
     def accept() -> None:
         while True:
-            connection, _ = sock.accept()
+            try:
+                connection, _ = sock.accept()
+            except OSError:
+                time.sleep(RETRY_S)  # a call has taken all descriptors
+                continue
             if peer(connection)[1] != os.getuid():
                 connection.close()
                 continue

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +63,7 @@ class Service:
         self.spec, self.folder = spec, folder
         self.scaledown_window, self.min_containers = scaledown_window, min_containers
         self.generation = uuid.uuid4().hex
+        self._version = version("interp-kernel")  # it is in a file, and a call may take all descriptors
         self.info: dict[str, Any] = {}
         self.interrupter = Interrupter()
         self.streams = Streams(self.interrupter.shield)
@@ -89,7 +90,7 @@ class Service:
         runner = self._runner
         return {
             "protocol": PROTOCOL,
-            "version": version("interp-kernel"),
+            "version": self._version,
             "python": list(sys.version_info[:3]),
             "generation": self.generation,
             "pid": os.getpid(),
@@ -113,8 +114,9 @@ class Service:
         After the call, the main thread waits for the next one at `reader` for a moment.
 
         Returns:
-            An empty dict if the call is queued; None if its id was submitted before; or what the client must send
-            along in a new submission: `digests` and `modules`, or `generation` if it was meant for another worker.
+            An empty dict if the call is queued, or has failed at once; None if its id was submitted before; or what the
+            client must send along in a new submission: `digests` and `modules`, or `generation` if it was meant for
+            another worker.
         """
         if head["generation"] != self.generation:
             return {"generation": self.generation}
@@ -127,7 +129,13 @@ class Service:
                 return {"digests": blobs, "modules": sources}
             log = self._new_log(head["id"], head["client"])
             log.listen(send, 0)
-            frames = self.blobs.frames(head, inline, file)
+            try:
+                frames = self.blobs.frames(head, inline, file)
+            except (OSError, MemoryError) as error:
+                text = f"The inputs do not fit into the worker's memory: {error}"
+                failure = {"ename": "MemoryError", "evalue": text, "traceback": [f"MemoryError: {text}"]}
+                log.emit({"event": "result", "error": failure}, last=True)
+                return {}
             call = Call(head["id"], head["client"], head, frames, log, reader, bool(head.get("background")))
             log.kept = call.background
             self._calls[call.id] = call
@@ -166,7 +174,7 @@ class Service:
                     queue.remove(call)
                     self._cancel(call)
                     return True
-        return self.interrupter.interrupt(call_id)
+        return self.interrupter.interrupt(call_id) or call is not None
 
     def release(self, value_ids: list[int]) -> None:
         """Free values that no notebook refers to any more."""
@@ -191,7 +199,8 @@ class Service:
 
     def stop(self, reason: str) -> NoReturn:
         """End this process; the reason is what every client is told."""
-        (self.folder / "reason").write_text(reason)
+        with suppress(OSError):  # the disk is full
+            (self.folder / "reason").write_text(reason)
         os._exit(0)
 
     # -------------------------------------------------------------------------------------- clients
