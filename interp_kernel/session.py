@@ -377,10 +377,11 @@ class Session:
         try:
             link = self.backend.attach(self.client)
         except WorkerRefusedError:  # it hangs, or is another's
-            if not self.hello:
+            pid = self.hello.get("pid")
+            if pid is None or self.backend.why_ended(pid) is not None:
                 raise
-            self.backend.kill(self.hello["pid"])
-            self._await_end(self.hello["pid"])
+            self.backend.kill(pid)
+            self._await_end(pid)
             return self._forget_worker()
         if link is None:
             return self._forget_worker()
