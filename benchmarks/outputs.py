@@ -12,7 +12,7 @@ from benchmarks.measure import Figure, Samples, Section, interleaved, median
 from benchmarks.notebook import OURS, PLAIN, connected, kernel, model_name
 from interp_kernel.notebook.run import run_notebook
 
-ROUNDS = 5
+ROUNDS = 15
 PRINTS = "%%remote\nfor i in range(300):\n    print(i, flush=True)"
 LINES = "for i in range(200_000):\n    print(i)"
 EMPTY, LARGE = "300 prints, empty notebook", "300 prints, 5 MB in the notebook"
