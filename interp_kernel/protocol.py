@@ -631,7 +631,7 @@ def dumps(value: Any, reducer: Reducer = no_reference, limit: int | None = None,
     stream = io.BytesIO() if limit is None else _LimitedBytes(limit)
     _pickler_class()(stream, shipment, reducer, lazy).dump(value)
     shipment.add(stream.tell())
-    shipment.frames.insert(0, stream.getbuffer())
+    shipment.frames.insert(0, stream.getvalue())
     return shipment
 
 

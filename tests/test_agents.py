@@ -176,6 +176,7 @@ def test_the_notebook_of_the_docs_is_of_this_script(study: tuple[Path, Endpoint]
     assert [cell.source for cell in ours.cells] == [cell.source for cell in theirs.cells]
 
 
+@pytest.mark.usefixtures("chromium")
 def test_the_model_sees_pictures(study: tuple[Path, Endpoint]) -> None:
     _, endpoint = study
     pictures = [m["content"] for m in told(endpoint) if isinstance(m["content"], list)]

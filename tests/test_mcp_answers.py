@@ -199,6 +199,7 @@ def test_an_error_without_frames_is_its_message() -> None:
 # --------------------------------------------------------------------------------------------- figures
 
 
+@pytest.mark.usefixtures("chromium")
 def test_a_figure_is_told_in_numbers_and_drawn(nb: Notebook) -> None:
     cell = nb.ok(
         "import numpy as np, plotly.graph_objects as go\n"

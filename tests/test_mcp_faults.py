@@ -195,7 +195,7 @@ pathlib.Path({str(over)!r}).touch()
     keeper.resume()
     facts = shared.wait(cell)
     assert facts["state"] == "done"
-    assert any("did not arrive" in note for note in facts["notes"])
+    assert any("did not arrive" in note for note in facts["notes"]), facts
     [entry] = [entry for entry in log_of(notebook) if entry["event"] == "run" and entry["cell_id"] == cell]
     whole = (notebook.with_suffix(".attempts") / entry["output"]).read_text()
     said = re.search(r"\[(\d+) messages of the kernel got lost, for they came too fast: .*\]\n$", whole)

@@ -26,7 +26,8 @@ def session() -> Iterator[Session]:
 # ---------------------------------------------------------------------------------------------- output
 
 FORK = """
-import os, sys
+import os, sys, warnings
+warnings.simplefilter('ignore', DeprecationWarning)  # Python 3.12 and newer warn of a fork beside threads
 if (child := os.fork()) == 0:
     print('child')
     sys.stdout.flush()

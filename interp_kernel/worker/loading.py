@@ -626,7 +626,7 @@ def _options(names: set[str], text: str) -> str | None:
             return f"does not fit its base model: {line} Name the model that it was trained on as base_model."
     if "ignore_mismatched_sizes" in text:
         return "has a config.json and weights of different shapes, so one of them belongs to another model."
-    if "not compiled with CUDA" in text or "nvalid device" in text or "No CUDA GPUs" in text:
+    if any(word in text for word in ("not compiled with CUDA", "nvalid device", "No CUDA GPUs", "no NVIDIA driver")):
         return f"can't be put where device_map says: {_first_line(text)} Use device_map='auto', or leave it out."
     return None
 
