@@ -20,7 +20,7 @@ from interp_kernel.client import (
 )
 from interp_kernel.errors import ShipError, SpecError
 from interp_kernel.output import Screen
-from interp_kernel.protocol import Shipment
+from interp_kernel.protocol import PYTHON, Shipment
 from interp_kernel.sources import Technique, collect_modules
 
 MOST_CONTAINERS = 1_000  # of one map
@@ -47,7 +47,7 @@ def fan_out(
     for value in values:
         local |= collect_modules(value.modules, search=[working_folder(os.getcwd())])
     client.backend.ready(screen.show)
-    batch = Batch({"kind": "function", **call_head(function, local)}, function, values)
+    batch = Batch({"kind": "function", "python": PYTHON, **call_head(function, local)}, function, values)
     yield from run_batch(client.backend.place, batch, max_containers, screen.show)
 
 

@@ -37,6 +37,7 @@ from interp_kernel.errors import ShipError
 from interp_kernel.imports import imported_by_code
 
 PROTOCOL = 2
+PYTHON = list(sys.version_info[:2])  # the version that bytecode needs
 AWAKE_S = 0.0005
 AWAY_S = 0.001  # a core that is given back so late has other work
 CROWDED_S = 0.3

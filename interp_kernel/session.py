@@ -31,7 +31,7 @@ from interp_kernel.errors import (
     remote_error,
     stopped,
 )
-from interp_kernel.protocol import BlobStore, Buffer, Head, Packed, Reference, Shipment, dumps, loads
+from interp_kernel.protocol import PYTHON, BlobStore, Buffer, Head, Packed, Reference, Shipment, dumps, loads
 
 LOAD = "load"
 GRACE_S = 10.0  # from a stop to the offer, or on a timeout the decision, to kill the worker
@@ -328,11 +328,11 @@ class Session:
         held: list[RemoteValue] = []
         shipment = dumps(value, lambda part: self._reduce(part, held))
         shipment.held = held
-        there = self.hello.get("python", sys.version_info)
-        if shipment.by_value and tuple(there[:2]) != sys.version_info[:2]:
+        there = self.hello.get("python", PYTHON)[:2]
+        if shipment.by_value and there != PYTHON:
             raise ShipError(
                 f"A function or class made in the notebook travels as bytecode; Python {there[0]}.{there[1]} on "
-                f"the worker can't run that of {sys.version_info[0]}.{sys.version_info[1]} here. Define it inside the "
+                f"the worker can't run that of {PYTHON[0]}.{PYTHON[1]} here. Define it inside the "
                 "remote cell, whose text runs on either, or in a .py file beside the notebook."
             )
         return shipment
@@ -477,7 +477,8 @@ class PendingCall:
     def __init__(self, session: Session, link: Link, head: Head, shipment: Shipment) -> None:
         """Sends nothing yet."""
         self.session, self.link, self.shipment = session, link, shipment
-        self.head = {**head, "verb": "submit", "client": session.client, "generation": session.generation}
+        about = {"verb": "submit", "client": session.client, "generation": session.generation}
+        self.head = {"python": PYTHON, **head, **about}
         self.id: str = head["id"]
         self.is_followed = "kind" not in head  # it was submitted before, and can't be again
         self.seen = 0

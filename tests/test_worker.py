@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -279,6 +280,23 @@ def test_what_does_not_pickle_or_is_large_stays_as_a_handle(session: Session) ->
     assert float(big.fetch().sum()) == 3e6
     with pytest.raises(Exception, match=r"cannot pickle '_thread\.lock' object"):
         lock.fetch()
+
+
+def test_bytecode_does_not_go_to_a_notebook_of_another_python(session: Session) -> None:
+    """There it would crash the kernel when it is called. It stays, and remote code can use it."""
+    body = "def double(n): return 2 * n\nclass Own: n = 4\nown, number = Own(), 5"
+    answer = run_cell(session, body, head={"python": [3, 2]})
+    held = {name: answer[name] for name in ("double", "Own", "own")}
+    assert all(isinstance(value, RemoteValue) for value in held.values())
+    assert answer["number"] == 5
+    ours = ".".join(map(str, sys.version_info[:2]))
+    assert (
+        f"'double' stays on the worker as a RemoteValue: it can't be pickled (it holds bytecode of Python {ours}, "
+        in (answer.notes)
+    )
+    assert run_cell(session, "v = double(own.n)", **held)["v"] == 8
+    ours_too = run_cell(session, body)
+    assert ours_too["double"](ours_too["own"].n) == 8
 
 
 def test_a_result_of_1_gb_comes_whole(session: Session) -> None:

@@ -19,7 +19,7 @@ from inspect import CO_COROUTINE, iscoroutine
 from typing import Any
 
 from interp_kernel.errors import ShipError
-from interp_kernel.protocol import Buffer, Head, Reference, Shipment, TooLargeError, dumps, importable, loads
+from interp_kernel.protocol import PYTHON, Buffer, Head, Reference, Shipment, TooLargeError, dumps, importable, loads
 from interp_kernel.worker import modules
 from interp_kernel.worker.display import Display
 from interp_kernel.worker.events import Call
@@ -181,7 +181,7 @@ class Runner:
         if value is self.model or value is self.tokenizer:
             raise ShipError("The worker's model and tokenizer stay on the worker. Return what you need from them.")
         try:
-            shipment = dumps({"value": value}, self._reduce, lazy=True)
+            return self._ship(call, {"value": value}).frames
         except ShipError:
             raise
         except Exception as error:  # noqa: BLE001 - pickling runs the value's own code
@@ -190,8 +190,6 @@ class Runner:
                 raise ShipError(text) from None
             self._hold(call, head, "value", value, f"it can't be pickled ({evalue(error)})")
             return []
-        head["by_value"] = shipment.by_value
-        return shipment.frames
 
     def _return_names(self, call: Call, outcome: Outcome, head: Head) -> list[Buffer]:
         """The names that a cell assigned: by value, or held here if kept, too large or not picklable."""
@@ -209,30 +207,37 @@ class Runner:
                 self._hold(call, head, name, values.pop(name), None)
         wanted = {name: values.pop(name) for name in call.head.get("want", ()) if name in values}
         shipment = self._ship_together(call, head, values, wanted)
-        head["by_value"] = shipment.by_value
         return shipment.frames if values or wanted else []
 
     def _ship_together(self, call: Call, head: Head, values: dict[str, Any], wanted: dict[str, Any]) -> Shipment:
         limit = call.head.get("fetch_limit")
         try:
             if not wanted:
-                return dumps(values, self._reduce, limit, lazy=True)
+                return self._ship(call, values, limit)
         except Exception:  # noqa: BLE001 - one of them is too large or does not pickle; find out which
             pass
         for name, value in list(values.items()):
             try:
-                dumps(value, self._reduce, limit, lazy=True)
+                self._ship(call, value, limit)
             except TooLargeError:
                 self._hold(call, head, name, values.pop(name), None)
             except Exception as error:  # noqa: BLE001 - pickling runs the value's own code
                 self._hold(call, head, name, values.pop(name), f"it can't be pickled ({evalue(error)})")
         for name, value in list(wanted.items()):
             try:
-                dumps(value, self._reduce, lazy=True)
+                self._ship(call, value)
             except Exception as error:  # noqa: BLE001 - as above
                 self._hold(call, head, name, wanted.pop(name), f"it can't be pickled ({evalue(error)})")
         values.update(wanted)
-        return dumps(values, self._reduce, lazy=True)
+        return self._ship(call, values)
+
+    def _ship(self, call: Call, value: Any, limit: int | None = None) -> Shipment:
+        shipment = dumps(value, self._reduce, limit, lazy=True)
+        there = call.head.get("python", PYTHON)
+        if shipment.by_value and there != PYTHON:
+            ours, theirs = (".".join(map(str, version)) for version in (PYTHON, there))
+            raise TypeError(f"it holds bytecode of Python {ours}, and the notebook has {theirs}")
+        return shipment
 
     def _hold(self, call: Call, head: Head, name: str, value: Any, why: str | None) -> None:
         head["held"][name] = self.values.keep(value, call.client)

@@ -16,7 +16,7 @@ from interp_kernel.backends.modal.failures import explain
 from interp_kernel.backends.modal.link import start
 from interp_kernel.backends.modal.wire import from_wire
 from interp_kernel.errors import ShipError, WorkerDiedError, remote_error
-from interp_kernel.protocol import BlobStore, Head, Shipment, loads
+from interp_kernel.protocol import PYTHON, BlobStore, Head, Shipment, loads
 from interp_kernel.session import Failure, LazyModule, stop_signals
 
 GROUP = 16  # most inputs of one group
@@ -74,7 +74,7 @@ class Group:
         """Send them."""
         self._size = len(values)
         by_value = batch.function.by_value or any(value.by_value for value in values)
-        python = list(sys.version_info[:2]) if by_value else None
+        python = PYTHON if by_value else None
         pickles = [plain(value) for value in values]
         self._call: Future[Any] = start(mapper.run.spawn.aio(python, batch.head, plain(batch.function), pickles))
         self._result: Future[Any] = start(self._fetch())

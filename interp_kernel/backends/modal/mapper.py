@@ -4,7 +4,6 @@
 import asyncio
 import json
 import pickle
-import sys
 import threading
 import uuid
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import modal
 from interp_kernel.backends.local import LocalLink
 from interp_kernel.backends.modal.gateway import prepare_worker, reason
 from interp_kernel.backends.modal.wire import Wire, to_wire
-from interp_kernel.protocol import Head, Packed, dumps
+from interp_kernel.protocol import PYTHON, Head, Packed, dumps
 
 Frames = list[bytearray]
 Outcome = tuple[list[Head], Wire]  # what one input showed, and its result
@@ -105,7 +104,7 @@ def failure(ename: str, text: str) -> Wire:
 
 def other_python(python: list[int]) -> str:
     """Why a function does not run here."""
-    theirs, ours = (".".join(map(str, version)) for version in (python, sys.version_info[:2]))
+    theirs, ours = (".".join(map(str, version)) for version in (python, PYTHON))
     return (
         f"The function travels as bytecode of Python {theirs}, and the container has {ours}. Use an image with Python "
         f"{theirs}, or put the function into a .py file beside the notebook."
@@ -125,7 +124,7 @@ class Mapper:
     @modal.method()
     async def run(self, python: list[int] | None, head: Head, function: Frames, values: list[Frames]) -> list[Outcome]:
         """See `Crew.run`; `python` is the version whose bytecode is in it, if any is."""
-        if python is not None and python != list(sys.version_info[:2]):
+        if python is not None and python != PYTHON:
             return [([], failure("ShipError", other_python(python))) for _ in values]
         group = Group(head, function, values)
         try:
