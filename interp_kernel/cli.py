@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 import time
@@ -30,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from interp_kernel.errors import InterpError
 
     try:
-        return run(arguments)
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as after `| head`; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (InterpError, OSError) as error:
         print(f"interp-kernel: {error}", file=sys.stderr)
         return 1

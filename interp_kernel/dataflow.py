@@ -10,10 +10,11 @@ exception: a `with` block is taken to run to its end, unless the manager's name 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from interp_kernel.embedded import embedded_code
 from interp_kernel.scopes import COMPREHENSIONS, Scope, arguments, bindings
 
 # None stands for code that can't be reached: there everything is settled.
@@ -138,7 +139,7 @@ class _Walk:
 
     # Blocks and branches
 
-    def _block(self, body: Sequence[ast.stmt]) -> None:
+    def _block(self, body: Iterable[ast.stmt]) -> None:
         for statement in body:
             self.statement(statement)
 
@@ -371,6 +372,7 @@ class _Walk:
             if keyword.arg == "out":
                 self._mutate(keyword.value, node.lineno)
         self.expression(*ast.iter_child_nodes(node))
+        self._block(embedded_code(node))
 
     def _walrus(self, node: ast.NamedExpr) -> None:
         self.expression(node.value)

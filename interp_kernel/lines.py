@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from interp_kernel.backends.modal.arguments import add_options
@@ -57,15 +58,14 @@ class LineParser(argparse.ArgumentParser):
 def cell_parser() -> LineParser:
     """Options of `%%remote`."""
     parser = LineParser("%%remote", add_help=False, allow_abbrev=False)
+    names: dict[str, Any] = {"action": "extend", "type": lambda text: text.split(","), "default": [], "metavar": "NAME"}
     parser.add_argument("--worker", metavar="NAME", help="worker to run on; by default the one in use")
-    parser.add_argument("-i", dest="inputs", action="append", default=[], metavar="NAME", help="send this name too")
-    parser.add_argument(
-        "-o", dest="outputs", action="append", default=[], metavar="NAME", help="bring its value, of any size"
-    )
-    parser.add_argument("--keep", action="append", default=[], metavar="NAME", help="leave its value on the worker")
+    parser.add_argument("-i", dest="inputs", **names, help="send this name too; several with commas, or -i for each")
+    parser.add_argument("-o", dest="outputs", **names, help="bring its value, of any size")
+    parser.add_argument("--keep", **names, help="leave its value on the worker")
     parser.add_argument("--timeout", type=seconds, metavar="S", help="stop the cell after so many seconds")
     parser.add_argument("--background", action="store_true", help="return a job at once")
-    parser.add_argument("--quiet", action="store_true", help="show nothing but errors and warnings")
+    parser.add_argument("--quiet", action="store_true", help="show nothing but errors and this project's own warnings")
     parser.add_argument("--help", action="store_true", help="show this and do not run the cell")
     return parser
 
@@ -129,9 +129,9 @@ def option_value(text: str) -> Any:
 
 
 def split_line(line: str) -> list[str]:
-    """Words of a magic's line, quotes respected."""
+    """Words of a magic's line, quotes respected, up to a comment."""
     try:
-        return shlex.split(line)
+        return list(takewhile(lambda word: not word.startswith("#"), shlex.split(line)))
     except ValueError as error:
         raise MagicError(f"The magic's line {line!r} can't be read: {error}. Quote as in a shell.") from None
 

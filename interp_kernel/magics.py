@@ -278,10 +278,10 @@ class RemoteMagics(Magics):
         known = self.workers.get(name)
         if known is not None and known.is_same_worker(client):
             client.session = known.session  # its handles stay good
+        self.workers[name], self.current = client, name  # also if it fails: no cell may run on another model instead
         info = client.connect(Screen(self.shell).show)
         if hold:
             client.session.ask({"verb": "hold"})
-        self.workers[name], self.current = client, name
         print(describe_worker(name, client, info))
 
     def _do_use(self, words: list[str]) -> None:

@@ -10,6 +10,7 @@ Values are pickled with cloudpickle, tensors out of band and on the CPU in their
 
 from __future__ import annotations
 
+import dis
 import io
 import json
 import linecache
@@ -502,11 +503,13 @@ def _pickler_class() -> type[Any]:
                     return NotImplemented  # one of its own helpers, which go by name with every function
                 self.note_function(obj)
                 reduced = super().reducer_override(obj)
-                return with_lazy_globals(reduced) if self.lazy and isinstance(reduced, tuple) else reduced
+                if not isinstance(reduced, tuple):
+                    return reduced  # it goes by name
+                return with_lazy_globals(reduced) if self.lazy else with_given_globals(reduced, obj.__code__)
             if isinstance(obj, _lru_cache_wrapper) and obj.__module__ == "__main__":
                 return with_cache, (obj.__wrapped__, obj.cache_parameters())  # by name it would not be found there
-            if type(obj) is ImportedName:
-                return load_reference, ("attribute", [obj.module, obj.name])
+            if type(obj) is Stand:
+                return load_reference, obj.reference
             if (reference := self.reducer(obj)) is not None:
                 if reference[0] == "attribute":
                     self.shipment.modules.add(reference[1][0])
@@ -551,11 +554,10 @@ def _pickler_class() -> type[Any]:
 
 
 @dataclass(frozen=True)
-class ImportedName:
-    """Stands for an imported function or class in the globals of a function that is pickled."""
+class Stand:
+    """Stands for what its reference names, in the globals of a function that is pickled."""
 
-    module: str
-    name: str
+    reference: Reference
 
 
 def importable(value: Any) -> tuple[str, str] | None:
@@ -594,8 +596,26 @@ def with_lazy_globals(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
     function_globals = reduced[2][1]["__globals__"]
     for name, value in function_globals.items():
         if (place := importable(value)) is not None:
-            function_globals[name] = ImportedName(*place)
+            function_globals[name] = Stand(("attribute", list(place)))
     return reduced
+
+
+def with_given_globals(reduced: tuple[Any, ...], code: types.CodeType) -> tuple[Any, ...]:
+    """The same for the globals that a remote cell is given: a function of the notebook finds them there too."""
+    function_globals = reduced[2][1]["__globals__"]
+    for name in ("model", "tokenizer"):
+        if name not in function_globals and loads_global(code, name):
+            function_globals[name] = Stand((name, None))
+    return reduced
+
+
+@lru_cache(maxsize=1024)
+def loads_global(code: types.CodeType, name: str) -> bool:
+    """Whether code, or code inside it, reads a global of this name."""
+    steps = dis.get_instructions(code) if name in code.co_names else ()
+    if any(step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval == name for step in steps):
+        return True
+    return any(loads_global(inner, name) for inner in code.co_consts if isinstance(inner, types.CodeType))
 
 
 def refuse_what_stays(obj: Any) -> None:

@@ -36,6 +36,7 @@ from interp_kernel.protocol import PYTHON, BlobStore, Buffer, Head, Packed, Refe
 LOAD = "load"
 GRACE_S = 10.0  # from a stop to the offer, or on a timeout the decision, to kill the worker
 ALIVE_S = 0.5  # how often a silent worker is looked after
+SLOW_IMPORTS = {"transformers": b"transformers", "torch": b"_rebuild_tensor"}  # and what in a pickle needs them
 END_S = 3.0  # within this a worker is gone that has said that it ends
 
 
@@ -79,6 +80,13 @@ class RemoteValue:
         raise AttributeError(
             f"{self} has no {name!r} here: the value is on the worker. Use it in a remote cell, or fetch() it first."
         )
+
+    def _is_away(self, *_: Any) -> Any:
+        """Any operation on the value itself."""
+        raise TypeError(f"{self} is on the worker, so this can't be done here. Use it in a remote cell, or fetch() it.")
+
+    __getitem__ = __iter__ = __call__ = __float__ = __int__ = __add__ = __radd__ = __sub__ = __rsub__ = _is_away
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __lt__ = __gt__ = _is_away
 
     def __str__(self) -> str:
         info = self.info
@@ -524,7 +532,10 @@ class PendingCall:
                 raise
         self.session._give_back(self.link)
         head, inline, file = message
-        return self._result(head, BlobStore().frames(head, inline, file))  # what this raises is not the link's fault
+        frames = BlobStore().frames(head, inline, file)
+        if stops.count and frames:
+            self._tell_of_imports(bytes(frames[0]), on_event)
+        return self._result(head, frames)  # what this raises is not the link's fault
 
     # ---------------------------------------------------------------------------------------- send
 
@@ -616,6 +627,13 @@ class PendingCall:
         else:
             self.session._acknowledge.append(self.id)
         return True
+
+    def _tell_of_imports(self, pickled: bytes, on_event: OnEvent) -> None:
+        """Say after a stop why the cell does not end at once."""
+        missing = [name for name, mark in SLOW_IMPORTS.items() if name not in sys.modules and mark in pickled]
+        if missing:
+            text = f"stopped; {missing[0]} is imported here for what was assigned so far"
+            on_event({"event": "warning", "text": text})
 
     def _result(self, head: Head, frames: list[Buffer]) -> Result:
         error = head.get("error")

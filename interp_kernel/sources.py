@@ -227,6 +227,11 @@ def _read(path: Path) -> _File:
         return known[1]
     try:
         source = importlib.util.decode_source(path.read_bytes())
+    except FileNotFoundError as error:
+        raise TechniqueError(
+            f"{path} does not exist. Name a .py file; what comes along is imported, as in `from techniques.logit_lens "
+            "import logit_lens`."
+        ) from error
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         raise TechniqueError(f"{path} can't be read as Python source: {error}.") from error
     file = _File(source, _digest(source), _parse(source, path))

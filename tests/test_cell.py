@@ -300,6 +300,15 @@ def test_straight_line_programs_read_and_write_exactly_what_running_shows() -> N
         ("a < b < (x := 1)\nx", "a b x", "x"),
         ("def f():\n    global g\n    g = 1\ng", "g", "f g"),
         ("x[i], y.z, *w = v", "v x i y", "w"),
+        ("!echo {a['k']!r} $b {c + 1:>3} '{print $1}' {", "a b c", ""),
+        ("!awk '{print $1}' $b {", "b", ""),
+        ("x = !ls {y}", "y", "x"),
+        ("y = 2\n!echo $y", "", "y"),
+        ("%cd $folder", "folder", ""),
+        ("%time x = f(y)", "f y", "x"),
+        ("%timeit -n 10 -r3 f(y)", "f y", ""),
+        ("x.y?", "x", ""),
+        ("%time x = = y", "", ""),
     ],
 )
 def test_reads_and_writes(body: str, reads: str, writes: str) -> None:

@@ -150,6 +150,16 @@ def test_unknown_worker_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Worker 'nothex' is not known; there are:" in capsys.readouterr().err
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does
+    for words in ("techniques list", "techniques --help"):
+        command = [sys.executable, "-m", "interp_kernel.cli", *words.split()]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.stderr == "", words
+    os.close(writer)
+
+
 def test_techniques_are_listed_with_their_purpose(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["techniques", "list"]) == 0
     entries = [line for line in capsys.readouterr().out.splitlines() if line]

@@ -210,4 +210,4 @@ def test_an_uncounted_write_by_a_function_that_hides_its_way_is_found(capsys: py
     client.run(innocent)
     client.run(lambda model, tokenizer: model.dtype)
     client.stop()
-    assert "changed 1 weights of the model (transformer.ln_f.bias)" in capsys.readouterr().err
+    assert "changed 1 weight of the model (transformer.ln_f.bias)" in capsys.readouterr().err

@@ -57,10 +57,28 @@ def test_a_stopped_cell_returns_what_it_assigned_before(nb: Notebook) -> None:
 
 def test_the_workers_model_is_neither_returned_nor_hidden_by_a_local_one(nb: Notebook) -> None:
     nb.ok("model = 'mine'")
-    kind, vocabulary = nb.ok(remote("same = model\ntype(model).__name__, len(tokenizer)")).value
+    kind, vocabulary = nb.ok(remote("model = model.eval()\ntype(model).__name__, len(tokenizer)")).value
     assert kind.endswith("LMHeadModel")
     assert vocabulary > 100
-    assert nb.value("model, 'same' in globals()") == ("mine", False)
+    assert nb.value("model") == "mine"
+
+
+def test_another_name_for_the_model_is_a_handle_for_later_cells(nb: Notebook) -> None:
+    nb.ok(remote("same, both = model, [tokenizer]"))
+    assert nb.ok("same").text == "<RemoteValue the worker's model>"
+    assert nb.ok(remote("same is model, both[0] is tokenizer")).value == (True, True)
+    assert "stay on the worker. Return what you need" in nb.run("same.fetch()").evalue
+
+
+def test_functions_of_the_notebook_find_model_and_tokenizer_as_the_cell_does(nb: Notebook) -> None:
+    nb.ok("globals().pop('model', None)\ndef n_layer(): return [model for _ in '.'][0].config.n_layer")
+    nb.ok("def first(text): return tokenizer(text).input_ids[0]")
+    assert nb.ok(remote("n_layer() == model.config.n_layer, first('hi') == tokenizer('hi').input_ids[0]")).value == (
+        True,
+        True,
+    )
+    nb.ok("def own(tokenizer=len): return tokenizer('abc')\ndef attribute(x): return x.model")
+    assert nb.ok(remote("import types\nown(), attribute(types.SimpleNamespace(model=5))")).value == (3, 5)
 
 
 def test_a_value_over_ten_megabytes_stays_and_is_used_again_and_fetched(nb: Notebook) -> None:
@@ -144,8 +162,26 @@ def test_inputs_that_only_strings_name_are_sent_with_i(nb: Notebook) -> None:
     nb.ok("by_name = 7")
     assert nb.run(remote("globals()['by_name']")).ename == "KeyError"
     assert nb.ok(remote("globals()['by_name']", "-i by_name")).value == 7
+    nb.ok("second = 8")
+    assert nb.ok(remote("globals()['by_name'] + globals()['second']", "-i by_name,second  # both")).value == 15
     missing = nb.run(remote("1", "-i nowhere"))
     assert (missing.ename, "'nowhere'" in missing.evalue) == ("MagicError", True)
+
+
+def test_lines_of_ipython_see_the_notebooks_names(nb: Notebook) -> None:
+    nb.ok("place, facts, twice = '/etc', {'n': 3}, lambda n: 2 * n")
+    assert nb.ok(remote("!echo $place {facts['n'] + 1}")).stdout.strip() == "/etc 4"
+    timed = nb.ok(remote("%time timed = twice(21)"))
+    assert "Wall time" in timed.stdout
+    assert nb.value("timed") == 42
+    assert "Docstring" in nb.ok(remote("facts?")).stdout
+    assert "here(n)" in nb.ok(remote("def here(n): return n\nhere??")).stdout
+    assert "not found" in nb.ok(remote("here_no_more?")).stdout
+
+
+def test_a_debugger_is_refused_in_words(nb: Notebook) -> None:
+    cell = nb.run(remote("x = 1\nbreakpoint()"))
+    assert (cell.ename, "which has no stdin" in cell.evalue) == ("RuntimeError", True)
 
 
 def test_an_input_that_does_not_travel_is_named(nb: Notebook) -> None:
@@ -406,6 +442,20 @@ def test_a_second_name_for_workers_start_use_and_status(nb: Notebook) -> None:
     nb.ok(f"%remote use {first}")
     assert nb.ok("%remote status").stdout.startswith(f"* {first}")
     assert nb.ok(remote("__import__('os').getpid()", "--worker second")).value == pid
+
+
+def test_after_a_start_that_fails_no_cell_runs_on_another_model(nb: Notebook) -> None:
+    before = nb.ok("%remote status").stdout.partition("* ")[2].partition(":")[0]
+    assert nb.run("%remote start /nowhere/at/all").ename == "LoadError"
+    assert nb.run(remote("model.config.n_layer")).ename == "LoadError"
+    nb.ok(f"%remote use {before}")
+    assert nb.ok(remote("1 + 1")).value == 2
+
+
+def test_a_handle_is_no_value_here(nb: Notebook) -> None:
+    nb.ok(remote("held = [1, 2]", "--keep held"))
+    for use in ("held[0]", "held + 1", "1 * held", "list(held)", "float(held)", "held()", "held.append(3)"):
+        assert "or fetch() it" in nb.run(use).evalue.replace("fetch() it first", "fetch() it"), use
 
 
 def test_a_handle_of_another_worker_is_refused(nb: Notebook) -> None:

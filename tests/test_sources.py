@@ -224,7 +224,7 @@ def test_what_is_no_technique_is_refused(tmp_path: Path) -> None:
         read_technique(tmp_path / "random.py")
     with pytest.raises(TechniqueError, match="is no folder"):
         read_techniques(tmp_path / "absent")
-    with pytest.raises(TechniqueError, match="can't be read"):
+    with pytest.raises(TechniqueError, match="does not exist"):
         read_technique(tmp_path / "absent.py")
 
 

@@ -60,6 +60,7 @@ class Runner:
         self._stays = {id(model): ("model", None), id(tokenizer): ("tokenizer", None)}
         builtins.display = _display  # type: ignore[attr-defined]
         builtins.input = _no_stdin
+        sys.breakpointhook = _no_debugger
 
     def run(self, call: Call, end_output: Callable[[], None]) -> None:
         """Run a call and put its result, or its error, into its log as the last event, after all of its output."""
@@ -109,7 +110,8 @@ class Runner:
         if kind == "cell":
             self._run_cell(call.head["cell"], inputs, outcome)
         elif kind == "fetch":
-            outcome.values["value"] = self.values.get(call.head["value"])
+            key = call.head["value"]
+            outcome.values["value"] = self._resolve(("value", key) if isinstance(key, int) else (key, None))
         else:
             function, args, kwargs = inputs
             value = function(self.model, self.tokenizer, *args, **kwargs)
@@ -123,8 +125,10 @@ class Runner:
         space = vars(module)
         space.update(model=self.model, tokenizer=self.tokenizer, get_ipython=lambda: self.display.shell)
         space.update(inputs)
-        before = sys.modules["__main__"]
-        sys.modules["__main__"] = module
+        shell = self.display.shell
+        before = sys.modules["__main__"], shell.user_module, shell.user_ns
+        sys.modules["__main__"] = shell.user_module = module
+        shell.user_ns = space  # for `name?` and its like
         try:
             for code, shown in compile_cell(cell):
                 outcome.codes.append(code)
@@ -136,7 +140,7 @@ class Runner:
                 elif shown and value is not None:
                     _display(value)
         finally:
-            sys.modules["__main__"] = before
+            sys.modules["__main__"], shell.user_module, shell.user_ns = before
             outcome.values = {n: space[n] for n in self._written(cell, space, inputs) if n in space}
 
     def _written(self, cell: dict[str, Any], space: dict[str, Any], inputs: dict[str, Any]) -> set[str]:
@@ -145,7 +149,7 @@ class Runner:
         if "*" in names:
             own = {"model", "tokenizer", "get_ipython", *inputs}
             names |= {n for n in space if not n.startswith("_") and n not in own}
-        return {n for n in names if id(space.get(n)) not in self._stays}
+        return {n for n in names if self._stays.get(id(space.get(n))) != (n, None)}  # `model` is still the worker's
 
     def _resolve(self, reference: Reference) -> Any:
         kind, key = reference
@@ -370,6 +374,13 @@ def _display(*values: Any, **options: Any) -> Any:
     from IPython.display import display
 
     return display(*values, **options)
+
+
+def _no_debugger(*_: object, **__: object) -> None:
+    raise RuntimeError(
+        "breakpoint() was called in a remote cell, which has no stdin. Print or return what you want to see, or run "
+        "the function in a local cell."
+    )
 
 
 def _no_stdin(prompt: object = "") -> str:

@@ -9,7 +9,7 @@ to hide its cost, or whose code names such a route.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from itertools import chain, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -200,14 +200,18 @@ class Guard:
         changed = [n for n, a, b in zip(self._param_names, sums, self._sums, strict=True) if a != b]
         self._accept_weights()
         if moved:
-            note = f"the call moved {len(moved)} weights to {moved[0].device}, {moved[0].dtype}: {CURE}"
+            note = f"the call moved {_weights(moved)} to {moved[0].device}, {moved[0].dtype}: {CURE}"
         elif changed:
             shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-            note = f"the call changed {len(changed)} weights of the model ({shown}): {CURE}"
+            note = f"the call changed {_weights(changed)} of the model ({shown}): {CURE}"
         else:
             return
         self.damage.append(note)
         yield note
+
+
+def _weights(found: Sized) -> str:
+    return f"{len(found)} weight{'s' * (len(found) != 1)}"
 
 
 def _checksum(param: torch.Tensor) -> float:
