@@ -113,7 +113,7 @@ class InterpClient:
         return dict(hello["info"])
 
     def ensure(self, on_event: OnEvent) -> None:
-        """Connect before the first call, for inputs can be pickled only for a worker that is known."""
+        """Connect before the first call, which also tells the worker how long it stays."""
         if not self.session.hello:
             self.connect(on_event)
 
@@ -134,11 +134,19 @@ class InterpClient:
             CallTimeoutError, WorkerDiedError, LoadError, ShipError: See `interp_kernel.errors`.
         """
         screen = Screen(current_shell())
-        return self._call(fn, args, kwargs, screen, timeout).value
+        return self._call(*self._pickled(fn, args, kwargs), screen, timeout).value
 
     def submit(self, fn: Callable[..., Any] | Technique, *args: Any, **kwargs: Any) -> Job:
-        """Start a call and return at once; it queues behind calls that were made before it."""
-        return Job(self.session, lambda job: self._call(fn, args, kwargs, job, None, call_id=job.id).value)
+        """Start a call and return at once; it queues behind calls that were made before it.
+
+        The arguments are taken as they are now.
+
+        Raises:
+            ShipError: One of them does not travel.
+        """
+        shipment, local = self._pickled(fn, args, kwargs)
+        shipment.copy()
+        return Job(self.session, lambda job: self._call(shipment, local, job, call_id=job.id).value)
 
     def job(self, call_id: str) -> Job:
         """The job of that id, started by a client that is gone: a killed kernel's, say, whose worker goes on.
@@ -223,8 +231,8 @@ class InterpClient:
 
     def interrupt(self) -> bool:
         """Stop the call that the worker runs now, if it is one of this client."""
-        hello = self.session.ask({"verb": "hello"})
-        return bool(hello and hello["running"] and self.session.interrupt(hello["running"]))
+        running = (self.session.ask({"verb": "hello"}) or {}).get("running") or ""
+        return running.startswith(f"{self.session.client}-") and self.session.interrupt(running)
 
     def stop(self) -> None:
         """End the worker, for all who use it; the model and all remote values are gone."""
@@ -237,23 +245,25 @@ class InterpClient:
 
     # ------------------------------------------------------------------------------------ internal
 
+    def _pickled(
+        self, fn: Callable[..., Any] | Technique, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Shipment, Mapping[str, Module]]:
+        check_function(fn)
+        shipped = TechniqueReference(fn) if isinstance(fn, Technique) else fn
+        shipment = self.ship_named((shipped, args, kwargs), lambda: {"fn": shipped, **numbered(args), **kwargs})
+        return shipment, modules_of(fn, shipment)
+
     def _call(
         self,
-        fn: Callable[..., Any] | Technique,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        shipment: Shipment,
+        local: Mapping[str, Module],
         screen: Screen | Job,
-        timeout: float | None,
+        timeout: float | None = None,
         call_id: str | None = None,
     ) -> Result:
-        check_function(fn)
         self.ensure(screen.show)
         head: Head = {"kind": "function", "id": call_id or self.session.new_id(), "background": call_id is not None}
-        if isinstance(fn, Technique):
-            shipment = self.session.ship((TechniqueReference(fn), args, kwargs))
-        else:
-            shipment = self.ship_named((fn, args, kwargs), lambda: {"fn": fn, **numbered(args), **kwargs})
-        return self.run_call(head, shipment, modules_of(fn, shipment), screen.show, timeout)
+        return self.run_call(head, shipment, local, screen.show, timeout)
 
     def _outcome(self, fn: Callable[..., Any] | Technique, value: Any, kwargs: dict[str, Any]) -> Any:
         try:

@@ -32,7 +32,7 @@ from interp_kernel.lines import (
 )
 from interp_kernel.lines import json_or_text as json_or_text
 from interp_kernel.output import Screen
-from interp_kernel.protocol import Head
+from interp_kernel.protocol import Head, Shipment
 from interp_kernel.session import RemoteValue, Result
 from interp_kernel.sources import collect_modules, read_techniques
 
@@ -71,9 +71,10 @@ class RemoteMagics(Magics):
         options = cell_parser().read(words)
         cell = self._parse(line, body)
         client = self.client(options.worker)
+        screen = Screen(self.shell, quiet=options.quiet)
         if not options.background or os.environ.get(BATCH_VARIABLE):
             with self._side_channel():
-                self._run(client, cell, options, Screen(self.shell, quiet=options.quiet))
+                self._run(client, cell, options, self._ship(client, cell, options), screen)
             return None
         return self._start_job(client, cell, options)
 
@@ -107,13 +108,12 @@ class RemoteMagics(Magics):
         client: InterpClient,
         cell: Cell,
         options: argparse.Namespace,
+        shipment: Shipment,
         screen: Screen,
         job_id: str | None = None,
     ) -> Result:
         """Send a cell, wait for it, and take over what it assigned, also if it failed half-way."""
-        inputs = self._inputs(cell, options.inputs)
         client.ensure(screen.show)
-        shipment = client.ship_named(inputs, lambda: inputs)
         local = collect_modules([*cell.imports, *shipment.modules], search=self._module_folders())
         self._warn_of_mutations(cell, screen)
         head: Head = {
@@ -149,6 +149,10 @@ class RemoteMagics(Magics):
                 screen.warn(f"{name!r} was asked for, but the cell did not assign it")
         self._display(result, screen)
         return result
+
+    def _ship(self, client: InterpClient, cell: Cell, options: argparse.Namespace) -> Shipment:
+        inputs = self._inputs(cell, options.inputs)
+        return client.ship_named(inputs, lambda: inputs)
 
     def _inputs(self, cell: Cell, more: Iterable[str]) -> dict[str, Any]:
         space, hidden = self.shell.user_ns, self.shell.user_ns_hidden
@@ -198,15 +202,17 @@ class RemoteMagics(Magics):
         return folders
 
     def _start_job(self, client: InterpClient, cell: Cell, options: argparse.Namespace) -> Job:
-        """Run a cell in a thread whose output goes to the cell that it belongs to."""
+        """Run a cell in a thread whose output goes to the cell that it belongs to, on its inputs as they are now."""
         shell = self.shell
+        shipment = self._ship(client, cell, options)
+        shipment.copy()
         parent = shell.get_parent() if hasattr(shell, "get_parent") else {}
 
         def work(job: Job) -> Any:
             tokens = shell.set_thread_parent(parent) if hasattr(shell, "set_thread_parent") else None
             screen = JobScreen(job, Screen(shell, quiet=options.quiet))
             try:
-                return self._run(client, cell, options, screen, job.id).values.get("_")
+                return self._run(client, cell, options, shipment, screen, job.id).values.get("_")
             except (InterpError, KeyboardInterrupt) as error:
                 shell.showtraceback((type(error), error, None))
                 raise
@@ -370,6 +376,8 @@ def describe_status(name: str, client: InterpClient) -> str:
     if hello is None:
         before = client.session.hello
         why = client.backend.why_ended(before["pid"]) if before else None
+        if before and why is None:
+            return f"{name}: does not answer now, as inside one long operation"
         return f"{name}: not running" + (f" ({why})" if why else "")
     counts = f"{hello['clients']} connected, {hello['queued']} queued"
     text = f"{name}: {hello['state']}, {whereabouts(hello)}, {counts}"

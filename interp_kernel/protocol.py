@@ -45,6 +45,7 @@ CROWDED_S = 0.3
 BLOB_MIN = 1 << 20
 PAGE = mmap.PAGESIZE
 PIECE = 1 << 18  # bytes that stay in a CPU's cache between two uses
+MOST_FILES = 100  # that a worker keeps open for blobs: it may have 1024 descriptors, on macOS 256
 STRIPES = 2 if hasattr(os, "memfd_create") else 1
 PARALLEL_MIN = 1 << 24  # below it, threads cost more than they save
 MAP_FIXED = 0x10  # of Linux
@@ -67,7 +68,8 @@ class BlobFile:
     """
 
     def __init__(self, fds: Iterable[int]) -> None:
-        self.fds = tuple(fds)
+        self.fds: list[int] = []
+        self.fds.extend(fds)  # those that are open already, where opening the next one fails
 
     @classmethod
     def create(cls) -> BlobFile:
@@ -268,9 +270,12 @@ class BlobStore:
     def frames(self, head: Head, inline: Iterable[Buffer], file: BlobFile | None) -> list[Buffer]:
         """All frames of a message in order: inline ones, new blobs (which are kept) and known ones."""
         frames: list[Buffer] = list(inline)
-        for index, nbytes, offset, digest in head.get("blobs", ()):
+        blobs = head.get("blobs", ())
+        known = {digest: self._blobs[digest] for _, _, offset, digest in blobs if offset is None}
+        for index, nbytes, offset, digest in blobs:
             if offset is None:
-                held, offset, nbytes = self._blobs[digest] = self._blobs.pop(digest)
+                held, offset, nbytes = known[digest]
+                self._keep(digest, known[digest])
             else:
                 assert file is not None
                 held = file
@@ -280,11 +285,12 @@ class BlobStore:
         return frames
 
     def _keep(self, digest: str, blob: tuple[BlobFile, int, int]) -> None:
-        if digest in self._blobs or blob[2] > self.limit_bytes:
+        if blob[2] > self.limit_bytes:
             return
-        self._blobs[digest] = blob
-        self.nbytes += blob[2]
-        while self.nbytes > self.limit_bytes:
+        if digest not in self._blobs:
+            self.nbytes += blob[2]
+        self._blobs[digest] = self._blobs.pop(digest, blob)
+        while self.nbytes > self.limit_bytes or len({id(file) for file, _, _ in self._blobs.values()}) > MOST_FILES:
             self.nbytes -= self._blobs.pop(next(iter(self._blobs)))[2]
 
 
@@ -475,6 +481,10 @@ class Shipment:
         self.check(nbytes)
         self.nbytes += nbytes
 
+    def copy(self) -> None:
+        """Copy what still lies in the caller's own tensors and arrays, which may be changed before it is sent."""
+        self.frames = [bytes(frame) for frame in self.frames]
+
     def check(self, nbytes: int) -> None:
         """Raise TooLargeError if so many bytes more would pass the limit."""
         if self.limit is not None and self.nbytes + nbytes > self.limit:
@@ -656,10 +666,50 @@ def dumps(value: Any, reducer: Reducer = no_reference, limit: int | None = None,
     return shipment
 
 
-def loads(frames: Sequence[Buffer], resolve: Callable[[Reference], Any]) -> Any:
-    """Unpickle frames made by `dumps`; `resolve` gives the object for each reference."""
+def loads(frames: Sequence[Buffer], resolve: Callable[[Reference], Any], absent: list[str] | None = None) -> Any:
+    """Unpickle frames made by `dumps`; `resolve` gives the object for each reference.
+
+    With `absent`, what can't be imported here becomes a stand-in, so that the rest is not lost with it, and the list
+    is told why.
+    """
     token = _resolve.set(resolve)
     try:
         return pickle.loads(frames[0], buffers=frames[1:])
+    except (ImportError, AttributeError):
+        if absent is None:
+            raise
+        return _TolerantUnpickler(frames, absent).load()
     finally:
         _resolve.reset(token)
+
+
+class _TolerantUnpickler(pickle.Unpickler):
+    def __init__(self, frames: Sequence[Buffer], absent: list[str]) -> None:
+        super().__init__(io.BytesIO(frames[0]), buffers=frames[1:])
+        self._absent = absent
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return super().find_class(module, name)
+        except (ImportError, AttributeError) as error:
+            self._absent.append(f"{module}.{name} can't be imported here ({error})")
+            return type(name, (Absent,), {"__module__": module})
+
+
+class Absent:
+    """Stands for a value whose class can't be imported here; it takes what the pickle has for it, and holds nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Absent:
+        """Any arguments will do."""
+        return object.__new__(cls)
+
+    def _ignore(self, *_: Any, **__: Any) -> None:
+        pass
+
+    __init__ = __setstate__ = __setitem__ = append = extend = add = _ignore
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__module__}.{type(self).__name__}, which can't be imported here>"
+
+    def __reduce__(self) -> Any:
+        raise ShipError(f"{self!r} holds nothing. Leave the value on the worker: %%remote --keep NAME.")

@@ -17,11 +17,13 @@ from _signal import signal as set_handler  # type: ignore[import-not-found]  # s
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from interp_kernel.backends import Backend, Link, Message, OnEvent
 from interp_kernel.errors import (
     CallTimeoutError,
+    InterpError,
     LoadError,
     LostValueError,
     ShipError,
@@ -51,7 +53,7 @@ class RemoteValue:
         self.session, self.info, self.name = session, info, name
         self.generation = session.generation
         if isinstance(info["id"], int):
-            weakref.finalize(self, session.releases.put, (self.generation, info["id"])).atexit = False
+            weakref.finalize(self, _releases.put, (weakref.ref(session), self.generation, info["id"])).atexit = False
 
     @property
     def is_lost(self) -> bool:
@@ -61,7 +63,9 @@ class RemoteValue:
     def fetch(self, timeout: float | None = None) -> Any:
         """Bring the value here; tensors arrive on the CPU. Raises LostValueError when its worker has ended."""
         self.check()
-        result = self.session.run({"kind": "fetch", "value": self.info["id"]}, Shipment(), timeout=timeout)
+        shipment = Shipment()
+        shipment.held = [self]  # checked again once it is known which worker will be asked
+        result = self.session.run({"kind": "fetch", "value": self.info["id"]}, shipment, timeout=timeout)
         if error := result.head.get("error"):
             raise remote_error(error["ename"], error["evalue"], error["traceback"])
         return result.value
@@ -181,7 +185,7 @@ class Session:
         self.client = uuid.uuid4().hex
         self.hello: Head = {}
         self.generation: str | None = None
-        self.releases: queue.SimpleQueue[tuple[str | None, int]] = queue.SimpleQueue()
+        self._unreleased: list[tuple[str | None, int]] = []
         self.loads = 0  # how often this session has seen its model being loaded
         self._links: list[Link] = []
         self._acknowledge: list[str] = []
@@ -269,11 +273,14 @@ class Session:
                 stops.drain()
                 if stops.count >= 2:
                     self.backend.kill(link.hello["pid"])
-                link.send(Packed({"verb": "interrupt", "id": LOAD}))
-                if link.hello["clients"] > 1:  # others wait for the same load, so only this wait ends
-                    raise stopped("stopped waiting for the load, which goes on for other notebooks")
+                    raise stopped("the worker was killed by the second stop; the next call starts a new one")
+                link.send(Packed({"verb": "interrupt", "id": LOAD, "request": 1}))
                 continue
             head = message[0]
+            if head["event"] == "reply":
+                if not head["value"]:  # others wait for the same load, so only this wait ends
+                    raise stopped("stopped waiting for the load, which goes on for other notebooks")
+                continue
             if head["event"] == "result":
                 break
             on_event(head)
@@ -311,10 +318,7 @@ class Session:
             WorkerError: The worker dropped the result, since this client was away for more than 5 s.
         """
         with stop_signals() as stops:
-            link = self._link(on_event, stops)
-            for value in shipment.held:
-                value.check()  # the worker may have been replaced since they were pickled
-            call = PendingCall(self, link, {"id": self.new_id(), **head}, shipment)
+            call = PendingCall(self, self._link(on_event, stops), {"id": self.new_id(), **head}, shipment)
             return call.wait(on_event, timeout, stops)
 
     def follow(self, call_id: str, on_event: OnEvent = lambda _: None) -> Result:
@@ -336,6 +340,11 @@ class Session:
         held: list[RemoteValue] = []
         shipment = dumps(value, lambda part: self._reduce(part, held))
         shipment.held = held
+        self.check_python(shipment)
+        return shipment
+
+    def check_python(self, shipment: Shipment) -> None:
+        """Raise ShipError if bytecode in it would meet another Python version on the worker, as far as it is known."""
         there = self.hello.get("python", PYTHON)[:2]
         if shipment.by_value and there != PYTHON:
             raise ShipError(
@@ -343,14 +352,18 @@ class Session:
                 f"the worker can't run that of {PYTHON[0]}.{PYTHON[1]} here. Define it inside the "
                 "remote cell, whose text runs on either, or in a .py file beside the notebook."
             )
-        return shipment
 
     def ask(self, head: Head, timeout_s: float = 1.0) -> Any:
         """A short question that the worker answers also while a call runs; None if it doesn't in time.
 
         Never starts a worker.
         """
-        link = self._idle_link() or self.backend.attach(self.client)
+        try:
+            link = self._idle_link() or self.backend.attach(self.client, timeout_s)
+        except WorkerRefusedError:
+            if not self.hello:
+                raise
+            return None  # it is known, so it is inside an operation that lets nothing else run
         if link is None:
             return None
         try:
@@ -449,28 +462,41 @@ class Session:
         """The handle of a value that stayed on the worker."""
         value = RemoteValue(self, info, name)
         self._values.add(value)
-        if not hasattr(self, "_releaser"):
-            self._releaser = threading.Thread(target=self._release_forever, name="interp-release", daemon=True)
-            self._releaser.start()
+        _start_releaser()
         return value
 
-    def _release_forever(self) -> None:
-        """Free what no RemoteValue names any more; a thread, since finalizers may run anywhere."""
-        waiting: list[tuple[str | None, int]] = []
-        while True:
-            waiting.append(self.releases.get())
-            waiting = [value for value in waiting if value[0] == self.generation]  # the others went with their worker
-            if waiting and self._is_open:  # else with the next one, unless the worker has freed them by itself
-                with suppress(WorkerError):
-                    self.ask({"verb": "release", "values": [value_id for _, value_id in waiting]})
-                    waiting = []
+    def _release(self, generation: str | None, value_id: int) -> None:
+        waiting = [*self._unreleased, (generation, value_id)]
+        self._unreleased = [v for v in waiting if v[0] == self.generation]  # the others went with their worker
+        if self._unreleased and self._is_open:  # else with the next one, unless the worker has freed them by itself
+            with suppress(WorkerError, OSError):
+                self.ask({"verb": "release", "values": [value_id for _, value_id in self._unreleased]})
+                self._unreleased = []
 
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+_releases: queue.SimpleQueue[tuple[weakref.ref[Session], str | None, int]] = queue.SimpleQueue()
+
+
+@cache
+def _start_releaser() -> None:
+    """Start the thread that frees what no RemoteValue names any more; a thread, since finalizers may run anywhere."""
+
+    def release_forever() -> None:
+        while True:
+            reference, generation, value_id = _releases.get()
+            if (session := reference()) is not None:
+                session._release(generation, value_id)
+            del session  # else it stays until the next one
+
+    threading.Thread(target=release_forever, name="interp-release", daemon=True).start()
 
 
 def _become_others() -> None:
     """In a forked child: its sessions are clients of their own, or parent and child would get each other's answers."""
+    global _releases
+    _releases = queue.SimpleQueue()  # what the child drops of the parent's values stays the parent's
+    _start_releaser.cache_clear()
     for session in _sessions:
         session.client = uuid.uuid4().hex
         session._links, session._acknowledge = [], []  # dropped, not closed: they are the parent's
@@ -497,12 +523,14 @@ class PendingCall:
 
     def wait(self, on_event: OnEvent, timeout: float | None, stops: Stops) -> Result:
         """Submit the call and return its result; see `Session.run`."""
-        if self._is_cancelled():
-            self.session._give_back(self.link)
-            raise stopped("stopped before it began")
         try:
+            if self._is_cancelled():
+                raise stopped("stopped before it began")
+            for value in self.shipment.held:
+                value.check()  # the worker may have been replaced since they were pickled
+            self.session.check_python(self.shipment)
             self._submit()
-        except ShipError:  # too large for this link, which is as good as before
+        except InterpError:  # one of these, or too large for this link, which is as good as before
             self.session._give_back(self.link)
             raise
         return self._until_result(on_event, timeout, stops)
@@ -513,29 +541,41 @@ class PendingCall:
         return self._until_result(on_event, None, stops)
 
     def _until_result(self, on_event: OnEvent, timeout: float | None, stops: Stops) -> Result:
+        try:
+            head, inline, file = self._last_message(on_event, timeout, stops)
+        except BaseException:
+            self.link.close()
+            raise
+        self.session._give_back(self.link)
+        frames = BlobStore().frames(head, inline, file)
+        if stops.count and frames:
+            self._tell_of_imports(bytes(frames[0]), on_event)
+        result = self._result(head, frames)  # what this raises is not the link's fault
+        if stops.count and not head.get("stopped") and "error" not in head:  # it came when the call had just ended
+            text = "stopped when the call had just ended"
+            head["error"] = {"ename": "KeyboardInterrupt", "evalue": text, "traceback": [f"KeyboardInterrupt: {text}"]}
+        return result
+
+    def _last_message(self, on_event: OnEvent, timeout: float | None, stops: Stops) -> Message:
         limit = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
                 message = self.link.receive(self._patience(limit), stops.fd)
                 self._heed(limit, timeout, stops)  # also while events keep coming
+                is_new = message is not None and self._take(message)
                 if message is None:
-                    self._on_silence(on_event)
-                elif self._take(message, on_event):
-                    break
+                    self._on_silence()
             except (EOFError, OSError):
                 if self.link.is_untaken:
                     self._start_over(on_event, stops)
                 else:
                     self._reconnect(stops)
-            except BaseException:
-                self.link.close()
-                raise
-        self.session._give_back(self.link)
-        head, inline, file = message
-        frames = BlobStore().frames(head, inline, file)
-        if stops.count and frames:
-            self._tell_of_imports(bytes(frames[0]), on_event)
-        return self._result(head, frames)  # what this raises is not the link's fault
+                continue
+            if message is not None and is_new:
+                if message[0]["last"]:
+                    return message
+                on_event(message[0])  # outside of the block above: a callback's own OSError is no lost link
+            self._insist(on_event)
 
     # ---------------------------------------------------------------------------------------- send
 
@@ -547,13 +587,16 @@ class PendingCall:
         known_modules = session._known_modules - wanted
         light = [m if m["digest"] not in known_modules else {**m, "source": None} for m in sources]
         head = {**self.head, "modules": light, "acknowledge": session._acknowledge}
-        packed = self.link.pack(head, self.shipment.frames, known)
+        try:
+            packed = self.link.pack(head, self.shipment.frames, known)
+        except OSError as error:
+            raise ShipError(f"The inputs can't be sent: {error}. Close files, or send less at once.") from None
         session._acknowledge = []
         try:
             self.link.send(packed)
         except OSError:
             return  # the next receive finds out what has happened
-        session._known |= packed.digests
+        session._known = session._known | packed.digests  # a new set: another thread may be reading this one
         session._known_modules |= {m["digest"] for m in sources}
 
     def _start_over(self, on_event: OnEvent, stops: Stops) -> None:
@@ -581,7 +624,8 @@ class PendingCall:
         if link is None or link.hello["generation"] != self.head["generation"]:
             raise self._death(why or "the connection was lost and the worker no longer answers", stops) from None
         self.link = link
-        link.send(Packed({"verb": "events", "id": self.id, "after": self.seen}))
+        with suppress(OSError):  # the next receive finds out what has happened
+            link.send(Packed({"verb": "events", "id": self.id, "after": self.seen}))
 
     def _death(self, why: str, stops: Stops) -> BaseException:
         session = self.session
@@ -599,8 +643,8 @@ class PendingCall:
 
     # ------------------------------------------------------------------------------------- receive
 
-    def _take(self, message: Message, on_event: OnEvent) -> bool:
-        """Deal with a message; True if it holds the result."""
+    def _take(self, message: Message) -> bool:
+        """Deal with a message; True if it is a new event of this call."""
         head, event = message[0], message[0]["event"]
         if event == "missing":
             if "generation" in head:
@@ -619,13 +663,11 @@ class PendingCall:
         if head.get("call") != self.id or head["seq"] <= self.seen:
             return False
         self.seen = head["seq"]
-        if not head["last"]:
-            on_event(head)
-            return False
-        if head.get("blobs"):  # large, so the worker should not keep it until the next call
-            self.link.send(Packed({"verb": "acknowledge", "id": self.id, "upto": self.seen}))
-        else:
+        if head["last"]:
             self.session._acknowledge.append(self.id)
+            if head.get("blobs"):  # large, so the worker should not keep it until the next call
+                with suppress(OSError):  # then with the next call after all
+                    self.link.send(Packed({"verb": "acknowledge", "id": self.id, "upto": self.seen}))
         return True
 
     def _tell_of_imports(self, pickled: bytes, on_event: OnEvent) -> None:
@@ -642,7 +684,11 @@ class PendingCall:
             error["traceback"] = [*begin, *error["traceback"][2:-1], f"CallTimeoutError: {self._why}"]
             error["ename"], error["evalue"] = "CallTimeoutError", self._why
         session = self.session
-        values = loads(frames, session.resolve) if frames else {}
+        absent: list[str] = []
+        values = loads(frames, session.resolve, absent) if frames else {}
+        for why in absent:
+            text = f"{why}, so what came back has a stand-in for it; %%remote --keep NAME leaves it on the worker"
+            head["notes"] = [*head.get("notes", ()), text]
         values.update({name: session.hold(name, info) for name, info in head.get("held", {}).items()})
         values.update({name: loaded_or_lazy(*place) for name, place in head.get("imports", {}).items()})
         return Result(session, head, values)
@@ -677,19 +723,20 @@ class PendingCall:
         self.session._cancelled.remove(self.id)
         return True
 
-    def _on_silence(self, on_event: OnEvent) -> None:
-        pid = self.link.hello["pid"]
-        if self._stopped_s is not None and time.monotonic() - self._stopped_s > GRACE_S and not self._warned:
-            self._warned = True
-            if self._why:
-                self.session.backend.kill(pid)  # nobody may be there to press stop again
-                return
-            text = (
-                f"still inside one long operation after {GRACE_S:g} s; stop again to kill the worker and lose its model"
-            )
-            on_event({"event": "warning", "text": text})
-        elif self.session.backend.why_ended(pid) is not None:
+    def _on_silence(self) -> None:
+        if self.session.backend.why_ended(self.link.hello["pid"]) is not None:
             raise EOFError  # a child of the worker may keep the connection open after its death
+
+    def _insist(self, on_event: OnEvent) -> None:
+        """Say that a stop has had no effect; after a time limit kill the worker, as nobody may be there to stop it."""
+        if self._stopped_s is None or self._warned or time.monotonic() - self._stopped_s <= GRACE_S:
+            return
+        self._warned = True
+        if self._why:
+            self.session.backend.kill(self.link.hello["pid"])
+            return
+        text = f"still inside one long operation after {GRACE_S:g} s; stop again to kill the worker and lose its model"
+        on_event({"event": "warning", "text": text})
 
     def _stop(self) -> None:
         self._stopped_s = time.monotonic()
@@ -737,7 +784,9 @@ def stop_signals() -> Iterator[Stops]:
         with closing(Stops()) as none:
             yield none
         return
-    stops = _stops.setdefault(os.getpid(), Stops()) if os.getpid() not in _stops else _stops[os.getpid()]
+    if (pid := os.getpid()) not in _stops:
+        _stops[pid] = Stops()
+    stops = _stops[pid]
     if stops.count:
         stops.drain()
         stops.count = 0

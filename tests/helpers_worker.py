@@ -137,8 +137,8 @@ class RecordingBackend(LocalBackend):
         self.links: list[LocalLink] = []
         self.sent: list[Packed] = []
 
-    def attach(self, client: str) -> LocalLink | None:
-        link = super().attach(client)
+    def attach(self, client: str, within_s: float | None = None) -> LocalLink | None:
+        link = super().attach(client, within_s)
         if link is not None:
             send = link.send
 

@@ -228,6 +228,20 @@ def test_a_job_can_be_cancelled_running_or_queued(client: InterpClient) -> None:
     assert client.run(lambda model, tokenizer: 1) == 1
 
 
+def test_a_job_takes_its_arguments_as_they_were(client: InterpClient) -> None:
+    import torch
+
+    texts, numbers = ["then"], torch.zeros(400_000)
+    busy = client.submit(lambda model, tokenizer: __import__("time").sleep(0.3))
+    job = client.submit(lambda model, tokenizer, texts, numbers: (texts, float(numbers.sum())), texts, numbers)
+    texts.append("now")
+    numbers += 1
+    assert job.result(30) == (["then"], 0.0)
+    busy.result(30)
+    with pytest.raises(ShipError, match=r"args\[0\].*can't be sent"):
+        client.submit(len, threading.Lock())
+
+
 def test_a_job_can_be_cancelled_before_it_is_on_its_way(client: InterpClient) -> None:
     def endless(model: Any, tokenizer: Any) -> None:
         import time

@@ -556,7 +556,7 @@ def test_what_is_dropped_while_the_client_is_away_is_freed(connect: Connect) -> 
     assert run_cell(session, count)["n"] == 2
     session.close()
     held.pop()
-    wait_until(session.releases.empty)
+    wait_until(lambda: session._unreleased)
     assert run_cell(session, count)["n"] > 0
     held.pop()
     wait_until(lambda: run_cell(session, count)["n"] == 0)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from interp_kernel.errors import ShipError
 from interp_kernel.protocol import Packed
 from interp_kernel.session import RemoteValue, Session
 from interp_kernel.worker.events import SHOWN_CHARS, CallLog, Flusher
@@ -297,6 +298,22 @@ def test_bytecode_does_not_go_to_a_notebook_of_another_python(session: Session) 
     assert run_cell(session, "v = double(own.n)", **held)["v"] == 8
     ours_too = run_cell(session, body)
     assert ours_too["double"](ours_too["own"].n) == 8
+
+
+def test_a_value_that_can_not_be_imported_here_costs_no_other(session: Session) -> None:
+    body = """
+import sys, types
+sys.modules['only_there'] = only = types.ModuleType('only_there')
+exec("class Odd(list):\\n    def __init__(self, n=0): self.n = n\\ndef make(n): return n", vars(only))
+odd, pair, kind, fine = only.Odd(3), [only.Odd(4), 5], only.Odd, 6
+odd.append(1)
+"""
+    answer = run_cell(session, body)
+    assert (answer["fine"], answer["pair"][1]) == (6, 5)
+    assert repr(answer["odd"]) == "<only_there.Odd, which can't be imported here>"
+    assert "only_there.Odd can't be imported here (No module named 'only_there'), so what came back" in answer.notes
+    with pytest.raises(ShipError, match=r"holds nothing\. Leave the value on the worker"):
+        session.ship(answer["odd"])
 
 
 def test_a_result_of_1_gb_comes_whole(session: Session) -> None:

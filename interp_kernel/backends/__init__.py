@@ -11,6 +11,8 @@ from typing import Protocol
 
 from interp_kernel.protocol import BlobFile, Buffer, Head, Packed
 
+HELLO_S = 10.0  # a worker that is inside one long operation answers late
+
 Message = tuple[Head, list[bytearray], BlobFile | None]
 OnEvent = Callable[[Head], None]
 
@@ -47,8 +49,12 @@ class Backend(Protocol):
             KeyboardInterrupt: It was stopped.
         """
 
-    def attach(self, client: str) -> Link | None:
-        """Connect to the worker that runs, or None."""
+    def attach(self, client: str, within_s: float | None = None) -> Link | None:
+        """Connect to the worker that runs, or None; it has HELLO_S to answer, or as long as is said.
+
+        Raises:
+            WorkerRefusedError: It does not answer in time, or is none that this client can use.
+        """
 
     def why_ended(self, pid: int) -> str | None:
         """Why the worker with this process id ended, in words, or None if it has not."""

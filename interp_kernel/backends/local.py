@@ -25,13 +25,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from interp_kernel.backends import Message, OnEvent
-from interp_kernel.errors import WorkerError, WorkerRefusedError
+from interp_kernel.backends import HELLO_S, Message, OnEvent
+from interp_kernel.errors import SpecError, WorkerError, WorkerRefusedError
 from interp_kernel.protocol import PROTOCOL, Buffer, Channel, Head, Packed, peer
 from interp_kernel.spec import WorkerSpec
 
 SOCKET_PATH_LIMIT = 100  # bytes; the system's own limit is 108 on Linux and 104 on macOS
-HELLO_S = 10.0
 EXIT_NOTE_S = 1.0
 NOT_FOR_WORKERS = ("JPY_PARENT_PID", "JPY_SESSION_NAME", "PYTHONSTARTUP")
 
@@ -69,7 +68,7 @@ class LocalBackend:
             raise WorkerError(f"The worker ended right after its start. Its log:\n{self.log_tail(2000)}")
         return pid
 
-    def attach(self, client: str) -> LocalLink | None:
+    def attach(self, client: str, within_s: float | None = None) -> LocalLink | None:
         """See `Backend.attach`."""
         sock = socket.socket(socket.AF_UNIX)
         try:
@@ -79,7 +78,7 @@ class LocalBackend:
             return None
         pid, _ = peer(sock)
         try:
-            return LocalLink(sock, client, self.spec.key)
+            return LocalLink(sock, client, self.spec.key, HELLO_S if within_s is None else within_s)
         except (EOFError, ConnectionError):
             deadline = time.monotonic() + EXIT_NOTE_S
             while process_exists(pid):  # else it ended between the two calls, or is about to
@@ -162,24 +161,24 @@ class LocalBackend:
 class LocalLink:
     """A connection over the worker's Unix socket."""
 
-    is_untaken = False
-
-    def __init__(self, sock: socket.socket, client: str, key: str) -> None:
+    def __init__(self, sock: socket.socket, client: str, key: str, within_s: float) -> None:
         """Make sure that the process there is this user's, then say hello.
 
         Args:
             sock: Connected to it.
             client: Who we are.
             key: The worker's, for what its user is told to do.
+            within_s: How long it may take to answer.
 
         Raises:
             WorkerRefusedError: Another user's process listens there, or one that speaks another protocol.
         """
         self._channel = Channel(sock)
+        self.is_untaken = False
         self._advice = f"Stop it (`interp-kernel worker stop {key}`) and run the cell again."
         try:
             self._check_peer()
-            self.hello: Head = self._say_hello(client)
+            self.hello: Head = self._say_hello(client, within_s)
         except BaseException:
             self.close()
             raise
@@ -190,7 +189,11 @@ class LocalLink:
 
     def send(self, packed: Packed) -> None:
         """See `Link.send`."""
-        self._channel.send(packed)
+        try:
+            self._channel.send(packed)
+        except OSError:
+            self.is_untaken = packed.head["verb"] == "submit"  # it is not whole, so nobody can have read it
+            raise
 
     def receive(self, timeout_s: float | None, wake_fd: int | None = None) -> Message | None:
         """See `Link.receive`."""
@@ -216,10 +219,10 @@ class LocalLink:
         if not process_exists(pid):
             raise EOFError("the worker is gone, and a child of it keeps its socket")
 
-    def _say_hello(self, client: str) -> Head:
+    def _say_hello(self, client: str, within_s: float) -> Head:
         self.send(Packed({"verb": "hello", "client": client}))
         try:
-            message = self.receive(HELLO_S)
+            message = self.receive(within_s)
             hello: Head = {} if message is None else message[0]["value"]
             theirs = hello.get("protocol")
         except (ValueError, LookupError, TypeError, AttributeError):
@@ -227,7 +230,7 @@ class LocalLink:
                 f"The process on {self._channel.sock.getpeername()} does not answer as a worker does. {self._advice}"
             ) from None
         if message is None:
-            raise WorkerRefusedError(f"The worker did not answer within {HELLO_S:g} s. {self._advice}")
+            raise WorkerRefusedError(f"The worker did not answer within {within_s:g} s. {self._advice}")
         if theirs != PROTOCOL:
             raise WorkerRefusedError(
                 f"The worker speaks protocol {theirs!r} and this notebook {PROTOCOL}: it was started by "
@@ -327,8 +330,14 @@ def list_workers() -> list[WorkerStatus]:
 
 def worker_status(folder: Path) -> WorkerStatus:
     """Ask the worker of one folder how it is."""
-    settings = read_json(folder / "spec.json")
-    spec = WorkerSpec.from_json(settings.get("spec", {}))
+    settings = read_json(folder / "spec.json").get("spec", {})
+    name = str(settings.get("model_name", "demo"))
+    try:
+        spec = WorkerSpec.from_json(settings)
+        if spec.key != folder.name:
+            raise SpecError(f"{folder / 'spec.json'} is damaged, or another version's.")
+    except SpecError as error:
+        return WorkerStatus(folder.name, name, "unknown", folder, listener(folder), exit_reason=str(error))
     try:
         link = LocalBackend(spec).attach("interp-cli")
     except WorkerRefusedError as refusal:
@@ -346,10 +355,13 @@ def worker_status(folder: Path) -> WorkerStatus:
 
 
 def listener(folder: Path) -> int | None:
-    """Id of the process that listens in a folder, if it is this user's, whatever protocol it speaks."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(str(socket_path(folder)))
-        pid, uid = peer(sock)
+    """Id of the process that listens in a folder, if there is one of this user's, whatever protocol it speaks."""
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(socket_path(folder)))
+            pid, uid = peer(sock)
+    except OSError:
+        return None
     return pid if uid == os.getuid() else None
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from interp_kernel.protocol import Buffer, Head, Packed
 
@@ -20,6 +22,28 @@ FLUSH_CHARS = 1 << 16
 Send = Callable[[Packed], bool]  # False once the listener is gone
 
 
+def one_at_a_time(method: Callable[..., None]) -> Callable[..., None]:
+    """Run a log's method under its lock; what comes back to the log in the midst of it is done after it.
+
+    Garbage is collected anywhere, and finalizers print: `tqdm.__del__` closes its bar.
+    """
+
+    @wraps(method)
+    def guarded(log: CallLog, *args: Any, **kwargs: Any) -> None:
+        with log._lock:
+            log._waiting.append(partial(method, log, *args, **kwargs))
+            if len(log._waiting) > 1:
+                return
+            try:
+                while log._waiting:
+                    log._waiting[0]()
+                    log._waiting.popleft()
+            finally:
+                log._waiting.clear()
+
+    return guarded
+
+
 class CallLog:
     """Numbers the events of one call and hands them to whoever listens; text is joined for 10 ms."""
 
@@ -28,6 +52,7 @@ class CallLog:
         self.done = False
         self.kept = False  # whether it outlives its client, as the log of a background call does
         self._lock = threading.RLock()
+        self._waiting: deque[Callable[[], None]] = deque()  # the first of them is being done
         self._events: list[Packed] = []
         self._first_seq = 1
         self._listeners: list[Send] = []
@@ -36,54 +61,36 @@ class CallLog:
         self._history: list[str] = []
         self._file: IO[str] | None = None
 
+    @one_at_a_time
     def emit(self, head: Head, frames: Sequence[Buffer] = (), *, last: bool = False) -> None:
         """Append an event after the text that came before it."""
-        with self._lock:
-            self.flush()
-            seq = self._first_seq + len(self._events)
-            packed = Packed({**head, "call": self.call_id, "seq": seq, "last": last}, frames)
-            self._events.append(packed)
-            if last:
-                self._close()
-            if self._listeners:
-                self._listeners = [send for send in self._listeners if send(packed)]
+        self._flush()
+        self._append(head, frames, last=last)
 
+    @one_at_a_time
     def write(self, name: str, text: str) -> None:
         """Append text of `stdout` or `stderr`; shown within 10 ms."""
-        with self._lock:
-            if name != self._name:
-                self.flush()
-                self._name = name
-            if not self._text:
-                self.flusher.wake(self)
-            self._text.append(text)
-            self._text_chars += len(text)
-            if self._text_chars > FLUSH_CHARS:
-                self.flush()
+        if name != self._name:
+            self._flush()
+            self._name = name
+        if not self._text:
+            self.flusher.wake(self)
+        self._text.append(text)
+        self._text_chars += len(text)
+        if self._text_chars > FLUSH_CHARS:
+            self._flush()
 
+    @one_at_a_time
     def flush(self) -> None:
         """Turn the text that waits into an event, or into lines of the overflow file."""
-        with self._lock:
-            if not self._text:
-                return
-            text = "".join(self._text)
-            self._text, self._text_chars = [], 0
-            text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates can't be sent on
-            room = SHOWN_CHARS - self._chars
-            self._chars += len(text)
-            if self._file is None and self._written == 0:
-                self._history.append(text)
-            if room > 0:
-                self.emit({"event": "stream", "name": self._name, "text": text[:room]})
-            if self._chars > SHOWN_CHARS and self._written < FILE_CHARS:
-                self._spill(text)
+        self._flush()
 
+    @one_at_a_time
     def listen(self, send: Send, after: int) -> None:
         """Send all events after a position, then each new one."""
-        with self._lock:
-            self._listeners.append(send)
-            for packed in self._events[max(0, after + 1 - self._first_seq) :]:
-                send(packed)
+        self._listeners.append(send)
+        for packed in self._events[max(0, after + 1 - self._first_seq) :]:
+            send(packed)
 
     def acknowledge(self, upto: int) -> bool:
         """Forget events that the client has; True if the call has ended and none is left."""
@@ -97,6 +104,30 @@ class CallLog:
     def overflow(self) -> Path:
         """The file that takes the whole text once there is more than is shown."""
         return self.folder / f"output-{self.call_id}.log"
+
+    def _append(self, head: Head, frames: Sequence[Buffer] = (), *, last: bool = False) -> None:
+        seq = self._first_seq + len(self._events)
+        packed = Packed({**head, "call": self.call_id, "seq": seq, "last": last}, frames)
+        self._events.append(packed)
+        if last:
+            self._close()
+        if self._listeners:
+            self._listeners = [send for send in self._listeners if send(packed)]
+
+    def _flush(self) -> None:
+        if not self._text:
+            return
+        text = "".join(self._text)
+        self._text, self._text_chars = [], 0
+        text = text.encode("utf-8", "backslashreplace").decode()  # lone surrogates can't be sent on
+        room = SHOWN_CHARS - self._chars
+        self._chars += len(text)
+        if self._file is None and self._written == 0:
+            self._history.append(text)
+        if room > 0:
+            self._append({"event": "stream", "name": self._name, "text": text[:room]})
+        if self._chars > SHOWN_CHARS and self._written < FILE_CHARS:
+            self._spill(text)
 
     def _spill(self, text: str) -> None:
         """Keep on writing the whole text to a file; a full disk ends that, not the call."""
@@ -113,7 +144,7 @@ class CallLog:
             self._notice(f"output over {SHOWN_CHARS / 1e6:.0f} MB is lost: {self.overflow} can't be written: {error}")
 
     def _notice(self, text: str) -> None:
-        self.emit({"event": "warning", "text": text})
+        self._append({"event": "warning", "text": text})
 
     def _close(self) -> None:
         self.done = True

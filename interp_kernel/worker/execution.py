@@ -18,6 +18,8 @@ from functools import lru_cache, partial
 from inspect import CO_COROUTINE, iscoroutine
 from typing import Any
 
+import cloudpickle  # noqa: F401 - results need it, and a call may take all descriptors, so that it can't be read
+
 from interp_kernel.errors import ShipError
 from interp_kernel.protocol import PYTHON, Buffer, Head, Reference, Shipment, TooLargeError, dumps, importable, loads
 from interp_kernel.worker import modules
@@ -79,6 +81,7 @@ class Runner:
             notes += self.guard.check(ran - started, outcome.codes)
         head, frames = self._result(call, outcome)
         head["notes"] += notes
+        head["stopped"] = self.interrupter.was_reached
         head["times"] = {
             "queue_s": started - call.queued,
             "run_s": ran - started,
@@ -167,10 +170,17 @@ class Runner:
 
     def _result(self, call: Call, outcome: Outcome) -> tuple[Head, list[Buffer]]:
         head: Head = {"event": "result", "held": {}, "imports": {}, "notes": []}
+        try:
+            return head, self._fill(head, call, outcome)
+        except BaseException:  # the client will never hear of what is held for it
+            self.values.release([info["id"] for info in head["held"].values()])
+            raise
+
+    def _fill(self, head: Head, call: Call, outcome: Outcome) -> list[Buffer]:
         error = outcome.error
         if error is None and call.head["kind"] != "cell":
             try:
-                return head, self._return_value(call, outcome.values["value"], head)
+                return self._return_value(call, outcome.values["value"], head)
             except ShipError as refused:
                 error = refused
         frames = self._return_names(call, outcome, head) if call.head["kind"] == "cell" else []
@@ -178,7 +188,7 @@ class Runner:
             numbers: Numbers = {f: n for f, (_, n) in call.head.get("files", {}).items() if n is not None}
             ename, text = type(error).__name__, evalue(error)
             head["error"] = {"ename": ename, "evalue": text, "traceback": render(error, numbers)}
-        return head, frames
+        return frames
 
     def _return_value(self, call: Call, value: Any, head: Head) -> list[Buffer]:
         """The value of a function, of any size; held here only if it can't be pickled."""
@@ -275,6 +285,8 @@ class RandomStreams:
     def forget(self, client: str) -> None:
         """Drop the streams of a client that is gone."""
         self._saved.pop(client, None)
+        if client == self._client:
+            self._client = None  # else the next switch would keep them for good
 
     @staticmethod
     def _state() -> list[tuple[Callable[[Any], Any], Any]]:

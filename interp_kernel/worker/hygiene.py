@@ -166,16 +166,16 @@ class Guard:
 
     def _check_configs(self) -> Iterator[str]:
         for config, saved in self._configs:
-            if vars(config) == saved:
+            if _equal(vars(config), saved):
                 continue
-            changed = [k for k in saved.keys() | vars(config).keys() if vars(config).get(k) != saved.get(k)]
+            changed = [k for k in saved.keys() | vars(config).keys() if not _equal(vars(config).get(k), saved.get(k))]
             vars(config).clear()
             vars(config).update(saved)
             if public := sorted(k for k in changed if not k.startswith("_")):
                 yield f"{type(config).__name__}.{', '.join(public)} was set back"
         current = [getattr(self.tokenizer, name, None) for name in TOKENIZER_SETTINGS]
         for name, now, loaded in zip(TOKENIZER_SETTINGS, current, self._settings, strict=True):
-            if now != loaded:
+            if not _equal(now, loaded):
                 setattr(self.tokenizer, name, loaded)
                 yield f"tokenizer.{name} was set back to {loaded!r}; set it in each call that needs it"
 
@@ -212,6 +212,14 @@ class Guard:
 
 def _weights(found: Sized) -> str:
     return f"{len(found)} weight{'s' * (len(found) != 1)}"
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two settings are the same; those that can't say so, as two tensors or arrays, are not."""
+    try:
+        return bool(a == b)
+    except Exception:  # noqa: BLE001 - a setting may be anything, and its `__eq__` is its own code
+        return False
 
 
 def _checksum(param: torch.Tensor) -> float:

@@ -31,6 +31,7 @@ class Interrupter:
         self._shields = 0
         self._waiting = False
         self._raised: KeyboardInterrupt | None = None
+        self.was_reached = False  # whether a stop reached the call that runs, or ran last; it may have caught it
         signal.signal(signal.SIGINT, self._on_signal)
         self._unraisable, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
 
@@ -42,15 +43,17 @@ class Interrupter:
             return False
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         # After the call itself, which may wait for one of them and would go on, and would make the search slow.
-        for pid in _processes_between(since, now):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGINT)
+        with suppress(OSError):  # it has taken all descriptors, so /proc can't be read
+            for pid in _processes_between(since, now):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGINT)
         return True
 
     def run(self, call_id: str, code: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         """Run code that `interrupt` may stop; whatever it raises is returned, never raised."""
         value, error = None, None
         try:
+            self.was_reached = False
             self._since, self._running = _uptime(), call_id
             if call_id in self._targets:  # it was stopped after it had left the queue
                 raise KeyboardInterrupt
@@ -84,6 +87,7 @@ class Interrupter:
         if self._running not in self._targets:
             return
         self._targets.discard(self._running)
+        self.was_reached = True
         if self._shields:
             self._waiting = True
         else:

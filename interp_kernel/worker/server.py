@@ -45,12 +45,13 @@ def serve_forever(service: Service, sock: socket.socket) -> None:
             except OSError:
                 time.sleep(RETRY_S)  # a call has taken all descriptors
                 continue
-            if peer(connection)[1] != os.getuid():
+            try:
+                if peer(connection)[1] != os.getuid():
+                    raise PermissionError("the client is another user's")
+                serve = Connection(service, connection).serve
+                threading.Thread(target=serve, name="interp-connection", daemon=True).start()
+            except (OSError, RuntimeError):  # or it has left already (macOS), or no thread can be started now
                 connection.close()
-                continue
-            threading.Thread(
-                target=Connection(service, connection).serve, name="interp-connection", daemon=True
-            ).start()
 
     threading.Thread(target=accept, name="interp-accept", daemon=True).start()
 
@@ -62,8 +63,6 @@ class Outbox:
         self._channel = channel
         self._lock = threading.Lock()
         self._waiting: deque[tuple[memoryview, BlobFile | None]] = deque()
-        self._wake = threading.Semaphore(0)
-        self._thread: threading.Thread | None = None
         self._gone = False
 
     def send(self, packed: Packed) -> bool:
@@ -84,22 +83,22 @@ class Outbox:
 
     def _queue(self, data: memoryview, file: BlobFile | None) -> None:
         self._waiting.append((data, file))
-        self._wake.release()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._drain, name="interp-outbox", daemon=True)
-            self._thread.start()
+        if len(self._waiting) == 1:
+            threading.Thread(target=self._drain, name="interp-outbox", daemon=True).start()
 
     def _drain(self) -> None:
         while True:
-            self._wake.acquire()
             data, file = self._waiting[0]
             try:
                 self._channel.send_rest(data[self._channel.send_some(data, file) :])
             except OSError:
                 self._gone = True
-                return
             with self._lock:
                 self._waiting.popleft()
+                if self._gone:
+                    self._waiting.clear()
+                if not self._waiting:
+                    return  # under the lock: the next message starts a new thread
 
 
 class Connection:

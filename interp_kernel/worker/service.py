@@ -12,6 +12,7 @@ import resource
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
@@ -254,7 +255,7 @@ class Service:
             self.streams.begin(call.log)
             try:
                 runner.run(call, self.streams.end)
-            except Exception as failure:  # noqa: BLE001 - the run loop: whatever a result does, the model stays
+            except BaseException as failure:  # noqa: BLE001 - the run loop: whatever a result does, the model stays
                 log_failure(call, failure)
             with self._state:
                 self._running = None
@@ -399,7 +400,7 @@ def few_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def log_failure(call: Call, error: Exception) -> None:
+def log_failure(call: Call, error: BaseException) -> None:
     """End a call whose result could not be made, with the reason."""
     from interp_kernel.worker.rendering import evalue, render
 
@@ -414,6 +415,9 @@ def tick_forever(service: Service) -> None:
     def loop() -> None:
         while True:
             time.sleep(0.5)
-            service.tick()
+            try:
+                service.tick()
+            except Exception:  # noqa: BLE001 - without ticks the worker never ends, and keeps what gone clients held
+                traceback.print_exc()
 
     threading.Thread(target=loop, name="interp-tick", daemon=True).start()

@@ -9,7 +9,7 @@ import selectors
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 from interp_kernel.worker.events import CallLog
@@ -65,8 +65,9 @@ class Streams:
             self._current = None
         # A child may still hold these pipes, or the call has closed them, so the next call gets new ones.
         if self._spawned or any(pipe.closed for pipe in self._pipes):
-            self._spawned = False
-            self._pipes = self._new_pipes()
+            with suppress(OSError):  # the call has left no descriptors: again after the next one
+                self._pipes = self._new_pipes()
+                self._spawned = False
 
     def write(self, name: str, text: str) -> None:
         """Python-level output of any thread."""
@@ -91,10 +92,11 @@ class Streams:
                 log.flush()
 
     def is_late(self) -> bool:
-        """Whether this thread belongs to a call that has ended, or to a process that a call has forked."""
-        return self._is_child or (
-            threading.get_native_id() in self._old_threads and threading.current_thread() is not threading.main_thread()
-        )
+        """Whether this thread belongs to a call that has ended, to the worker itself, or to a child of a call."""
+        thread = threading.current_thread()
+        if self._is_child or thread is threading.main_thread():
+            return self._is_child
+        return threading.get_native_id() in self._old_threads or thread.name.startswith("interp-")
 
     def _become_child(self) -> None:
         """A forked child has none of the threads that serve the logs; the descriptors are the parent's pipes."""

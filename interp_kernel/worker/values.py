@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ class Values:
 
     def __init__(self) -> None:
         self._held: dict[int, Held] = {}
-        self._last = 0
+        # No two workers give the same number, or the handle of an ended one would mean another value here.
+        self._last = int.from_bytes(os.urandom(5)) << 20
 
     def keep(self, value: Any, client: str, nbytes: int | None = None) -> dict[str, Any]:
         """Hold a value; returns what its RemoteValue shows."""

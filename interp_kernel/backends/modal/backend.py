@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from interp_kernel.backends import Message, OnEvent
+from interp_kernel.backends import HELLO_S, Message, OnEvent
 from interp_kernel.backends.modal.failures import explain
 from interp_kernel.backends.modal.link import ModalLink, start
 from interp_kernel.backends.modal.options import ModalOptions
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TICK_S = 0.2  # a shorter wait is not shown
 SHOWN_S = 1.0
-ATTACH_S = 15.0
+NETWORK_S = 5.0  # more than a worker on this machine takes
 ANSWER_S = 15.0  # for questions to a container that runs
 END_S = 5.0
 
@@ -64,7 +64,7 @@ class ModalBackend:
         tick = Ticker(on_event, f"Modal: starting the app {self.options.app_name!r}; a new image takes minutes")
         wait(start(self.place.app.start()), tick, stop_fd)
 
-    def attach(self, client: str) -> ModalLink | None:
+    def attach(self, client: str, within_s: float | None = None) -> ModalLink | None:
         """See `Backend.attach`; starts no container."""
         if self.place.app.gateway is None:
             if not self.options.deploy:
@@ -72,7 +72,7 @@ class ModalBackend:
             wait(start(self.place.app.start()))
         if not ask(self.place.runners(), 0):
             return None
-        return self._connect(client, ATTACH_S)
+        return self._connect(client, (HELLO_S if within_s is None else within_s) + NETWORK_S)
 
     def why_ended(self, pid: int) -> str | None:
         """See `Backend.why_ended`."""
