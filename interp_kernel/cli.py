@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp_kernel.notebook.commands import INTERRUPTED, add_verbs, seconds
+from interp_kernel.lines import seconds
+from interp_kernel.notebook.commands import INTERRUPTED, add_verbs
 from interp_kernel.notebook.words import duration
 
 if TYPE_CHECKING:

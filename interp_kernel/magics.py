@@ -19,7 +19,7 @@ from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_
 from interp_kernel import completion, handles
 from interp_kernel.cell import Cell, parse_cell
 from interp_kernel.client import InterpClient, Job
-from interp_kernel.errors import InterpError, RemoteError, SpecError, remote_error
+from interp_kernel.errors import RemoteError, SpecError, remote_error
 from interp_kernel.lines import (
     USAGE,
     MagicError,
@@ -213,7 +213,7 @@ class RemoteMagics(Magics):
             screen = JobScreen(job, Screen(shell, quiet=options.quiet))
             try:
                 return self._run(client, cell, options, shipment, screen, job.id).values.get("_")
-            except (InterpError, KeyboardInterrupt) as error:
+            except BaseException as error:
                 shell.showtraceback((type(error), error, None))
                 raise
             finally:

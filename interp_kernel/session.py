@@ -667,7 +667,7 @@ class PendingCall:
             self.session._acknowledge.append(self.id)
             if head.get("blobs"):  # large, so the worker should not keep it until the next call
                 with suppress(OSError):  # then with the next call after all
-                    self.link.send(Packed({"verb": "acknowledge", "id": self.id, "upto": self.seen}))
+                    self.link.send(Packed({"verb": "acknowledge", "id": self.id}))
         return True
 
     def _tell_of_imports(self, pickled: bytes, on_event: OnEvent) -> None:

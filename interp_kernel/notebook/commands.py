@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp_kernel.lines import seconds
 from interp_kernel.notebook.schemas import import_nbformat
 
 if TYPE_CHECKING:
@@ -24,14 +25,6 @@ def add_verbs(verbs: Any, add: AddVerb) -> None:
     demo.add_argument("-o", "--output", type=Path, default=Path("out"), metavar="DIR", help="folder (default: out)")
     for declare in (_add_run, _add_batch, _add_reproduce, _add_check, _add_runs):
         declare(verbs, add)
-
-
-def seconds(text: str) -> float:
-    """A time on the command line."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a time; expected seconds above 0")
-    return value
 
 
 def _add_run(verbs: Any, add: AddVerb) -> None:

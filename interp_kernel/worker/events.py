@@ -54,7 +54,6 @@ class CallLog:
         self._lock = threading.RLock()
         self._waiting: deque[Callable[[], None]] = deque()  # the first of them is being done
         self._events: list[Packed] = []
-        self._first_seq = 1
         self._listeners: list[Send] = []
         self._name, self._text, self._text_chars = "stdout", list[str](), 0
         self._chars, self._written = 0, 0
@@ -89,16 +88,8 @@ class CallLog:
     def listen(self, send: Send, after: int) -> None:
         """Send all events after a position, then each new one."""
         self._listeners.append(send)
-        for packed in self._events[max(0, after + 1 - self._first_seq) :]:
+        for packed in self._events[after:]:
             send(packed)
-
-    def acknowledge(self, upto: int) -> bool:
-        """Forget events that the client has; True if the call has ended and none is left."""
-        with self._lock:
-            n = max(0, min(upto + 1 - self._first_seq, len(self._events)))
-            del self._events[:n]
-            self._first_seq += n
-            return self.done and not self._events
 
     @property
     def overflow(self) -> Path:
@@ -106,7 +97,7 @@ class CallLog:
         return self.folder / f"output-{self.call_id}.log"
 
     def _append(self, head: Head, frames: Sequence[Buffer] = (), *, last: bool = False) -> None:
-        seq = self._first_seq + len(self._events)
+        seq = len(self._events) + 1
         packed = Packed({**head, "call": self.call_id, "seq": seq, "last": last}, frames)
         self._events.append(packed)
         if last:

@@ -57,11 +57,6 @@ class ShippedModule:
         return cls(fields["name"], fields["source"], fields["path"], fields["is_package"], fields["digest"])
 
 
-def known(digest: str) -> bool:
-    """Whether the worker has the source text of this sha256 digest."""
-    return digest in _sources
-
-
 def missing(digests: Iterable[str]) -> list[str]:
     """Those digests whose source text the client has to send, each once."""
     return [digest for digest in dict.fromkeys(digests) if digest not in _sources]

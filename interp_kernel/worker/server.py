@@ -185,7 +185,7 @@ class Connection:
         verbs: dict[str, Callable[[], Any]] = {
             "hello": service.hello,
             "interrupt": lambda: service.interrupt(head["id"], client),
-            "acknowledge": lambda: service.acknowledge(head["id"], head["upto"]),
+            "acknowledge": lambda: service.acknowledge(head["id"]),
             "release": partial(service.release, head.get("values", [])),
             "complete": lambda: service.complete(head["text"], head["names"]),
             "inspect": lambda: service.inspect(head["name"], head["names"]),
@@ -202,7 +202,7 @@ class Connection:
         self._lent = True
         missing = self._service.submit(head, inline, file, self._outbox.send, self)
         for call_id in head.get("acknowledge", ()):
-            self._service.acknowledge(call_id, 1 << 62)
+            self._service.acknowledge(call_id)
         if missing == {}:
             return
         self.give_back()

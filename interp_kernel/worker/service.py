@@ -99,7 +99,7 @@ class Service:
             "state": "loading" if runner is None else "busy" if self._running else "idle",
             "running": self._running.id if self._running else None,
             "queued": sum(map(len, self._queues.values())),
-            "clients": sum(c.connections > 0 for c in self._clients.values()),
+            "clients": sum(c.connections > 0 for c in list(self._clients.values())),
             "damage": runner.guard.damage if runner else [],
             "scaledown_window": self.scaledown_window,
             "min_containers": self.min_containers,
@@ -157,16 +157,16 @@ class Service:
         log.listen(send, after)
         return True
 
-    def acknowledge(self, call_id: str, upto: int) -> None:
-        """The client has the events up to a position; a finished call is then forgotten."""
+    def acknowledge(self, call_id: str) -> None:
+        """The client has the result of a call, which is then forgotten."""
         with self._state:
             log = self._logs.get(call_id)
-            if log is not None and call_id != LOAD and log.acknowledge(upto):
+            if log is not None and call_id != LOAD and log.done:
                 self._forget(call_id)
 
     def interrupt(self, call_id: str, client: str) -> bool:
         """Stop a call, queued or running; True if it was there. A load is stopped only for all who wait for it."""
-        if call_id == LOAD and any(c.connections for name, c in self._clients.items() if name != client):
+        if call_id == LOAD and any(c.connections for name, c in list(self._clients.items()) if name != client):
             return False
         with self._state:
             call = self._calls.get(call_id)

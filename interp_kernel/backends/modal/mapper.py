@@ -85,7 +85,7 @@ class Crew:
                 assert message is not None
                 head = message[0]
                 if head.get("last") and head["call"] == call_id:
-                    link.send(Packed({"verb": "acknowledge", "id": call_id, "upto": head["seq"]}))
+                    link.send(Packed({"verb": "acknowledge", "id": call_id}))
                     return shown, to_wire(*message)
                 shown += [head] if head.get("call") == call_id else []
         except (EOFError, OSError):
