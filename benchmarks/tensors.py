@@ -77,10 +77,10 @@ def bytes_counted() -> Iterator[list[int]]:
     sent: list[int] = []
     send = Channel.send
 
-    def counting(self: Channel, packed: Packed) -> None:
+    def counting(self: Channel, packed: Packed, wake_fd: int | None = None) -> bool:
         in_file = sum(nbytes for _, nbytes, offset, _ in packed.head.get("blobs", ()) if offset is not None)
         sent.append(len(packed.encode()) + in_file)
-        send(self, packed)
+        return send(self, packed, wake_fd)
 
     Channel.send = counting  # type: ignore[method-assign]
     try:

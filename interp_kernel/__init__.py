@@ -37,7 +37,7 @@ def unload_ipython_extension(shell: Any) -> None:
         shell.magics_manager.magics[kind].pop("remote", None)
     matchers = shell.Completer.custom_matchers
     matchers[:] = [m for m in matchers if getattr(m, "matcher_identifier", "") != completion.MATCHER]
-    completion.uninstall_inspection(shell)
+    completion.uninstall(shell)
 
 
 def __getattr__(name: str) -> Any:

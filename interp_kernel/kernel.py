@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from jupyter_client.jsonutil import json_clean, json_default
+
+from interp_kernel import completion
 
 ANSWERED = {
     "complete_request",
@@ -36,28 +39,32 @@ class InterpKernel(IPythonKernel):
     banner = "Python with %%remote cells on a warm worker (%remote help)"
 
     def __init__(self, **kwargs: Any) -> None:
-        """Register the magics by name only: they are imported when first used."""
+        """Register the magics by name only, and what completes their lines: they are imported when first used."""
         super().__init__(**kwargs)
-        self._waits = 0
+        self._waiting: list[dict[str, Any]] = []  # the requests whose cells wait for a worker
+        self._waiting_lock = threading.Lock()
         self.session.pack = pack
         os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")  # else each notebook carries 4.8 MB of plotly.js
         self.shell.magics_manager.register_lazy("remote", "interp_kernel")
+        completion.install(self.shell)
 
     @contextmanager
     def answering_meanwhile(self) -> Iterator[None]:
         """While the block runs, the main thread only waits for a worker, so another may answer questions."""
-        self._waits += 1
+        parent = self.get_parent()
+        self._waiting.append(parent)
         try:
             yield
         finally:
-            self._waits -= 1
+            with self._waiting_lock:
+                self._waiting.remove(parent)
 
     async def shell_channel_thread_main(self, msg: Any) -> None:
         """Answer questions at once while the main thread waits; hand on everything else.
 
         ipykernel calls this in the thread that receives the shell channel.
         """
-        if self._waits and (request := self._peek(msg)) is not None:
+        if self._waiting and (request := self._peek(msg)) is not None:
             self._answer(*request)
             return
         await super().shell_channel_thread_main(msg)
@@ -92,6 +99,16 @@ class InterpKernel(IPythonKernel):
             self.session.send(self.shell_stream, kind.replace("request", "reply"), reply, parent=request, ident=idents)
         finally:
             self._publish_status("idle", "shell", parent=request)
+            self._publish_still_busy()
+
+    def _publish_still_busy(self) -> None:
+        """Say that a cell runs, after the `idle` of an answer: front ends and servers show the last status of all.
+
+        The lock puts it before the cell's own `idle`, which has to be its last.
+        """
+        with self._waiting_lock:
+            if self._waiting:
+                self._publish_status("busy", "shell", parent=self._waiting[-1])
 
 
 def pack(message: Any) -> bytes:

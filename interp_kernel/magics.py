@@ -263,7 +263,7 @@ class RemoteMagics(Magics):
         """`%remote start|use|status|interrupt|restart|stop|logs|techniques|help`."""
         words = split_line(line) or ["help"]
         verb, rest = words[0], words[1:]
-        if "--help" in rest and verb != "start":
+        if verb == "--help" or ("--help" in rest and verb != "start"):
             verb, rest = "help", []
         check_words(verb, rest)
         getattr(self, f"_do_{verb}")(rest)

@@ -313,10 +313,16 @@ class Channel:
         """Descriptor of the socket."""
         return self.sock.fileno()
 
-    def send(self, packed: Packed) -> None:
-        """Send the whole message; blocks while the receiver is slow."""
-        data = memoryview(packed.encode())
-        self.send_rest(data[self.send_some(data, packed.file) :])
+    def send(self, packed: Packed, wake_fd: int | None = None) -> bool:
+        """Send the whole message; False if `wake_fd` was readable while the receiver was slow, with a part sent."""
+        data, file = memoryview(packed.encode()), packed.file
+        while data:
+            try:
+                data, file = data[self.send_some(data, file, socket.MSG_DONTWAIT) :], None
+            except BlockingIOError:
+                if not self._sleep(select.POLLOUT, None, wake_fd):
+                    return False
+        return True
 
     def send_some(self, data: memoryview, file: BlobFile | None, flags: int = 0) -> int:
         """Send the start of a message, its descriptor attached to the first byte; returns the bytes taken."""
@@ -347,7 +353,7 @@ class Channel:
             if within_s is not None and waited >= within_s:
                 return False
             if waited >= AWAKE_S or now < self._crowded_until:
-                return self._sleep(None if within_s is None else within_s - waited, wake_fd)
+                return self._sleep(select.POLLIN, None if within_s is None else within_s - waited, wake_fd)
             before = now
             give_way()
             now = time.perf_counter()
@@ -355,11 +361,11 @@ class Channel:
                 self._crowded_until = now + CROWDED_S
         return True
 
-    def _sleep(self, within_s: float | None, wake_fd: int | None) -> bool:
+    def _sleep(self, until: int, within_s: float | None, wake_fd: int | None) -> bool:
         poll = select.poll()
-        for source in (self.sock, wake_fd):
-            if source is not None:
-                poll.register(source, select.POLLIN)
+        poll.register(self.sock, until)
+        if wake_fd is not None:
+            poll.register(wake_fd, select.POLLIN)
         ready = poll.poll(None if within_s is None else 1000 * within_s)
         return any(fd == self.fileno() for fd, _ in ready)
 

@@ -318,8 +318,8 @@ class Session:
             WorkerError: The worker dropped the result, since this client was away for more than 5 s.
         """
         with stop_signals() as stops:
-            call = PendingCall(self, self._link(on_event, stops), {"id": self.new_id(), **head}, shipment)
-            return call.wait(on_event, timeout, stops)
+            link = self._link(on_event, stops)
+            return PendingCall(self, link, {"id": self.new_id(), **head}, shipment, on_event, stops, timeout).wait()
 
     def follow(self, call_id: str, on_event: OnEvent = lambda _: None) -> Result:
         """Wait for a call of the worker that another client has submitted in the background, and take its result.
@@ -328,7 +328,8 @@ class Session:
             WorkerError: The worker does not know the call.
         """
         with stop_signals() as stops:
-            return PendingCall(self, self._link(on_event, stops), {"id": call_id}, Shipment()).follow(on_event, stops)
+            link = self._link(on_event, stops)
+            return PendingCall(self, link, {"id": call_id}, Shipment(), on_event, stops).follow()
 
     def ship(self, value: Any) -> Shipment:
         """Pickle inputs for this worker. RemoteValues in them become references.
@@ -508,20 +509,31 @@ os.register_at_fork(after_in_child=_become_others)
 class PendingCall:
     """A call on its way: sends it, follows its events over reconnections, and carries out stops and time limits."""
 
-    def __init__(self, session: Session, link: Link, head: Head, shipment: Shipment) -> None:
-        """Sends nothing yet."""
+    def __init__(
+        self,
+        session: Session,
+        link: Link,
+        head: Head,
+        shipment: Shipment,
+        on_event: OnEvent,
+        stops: Stops,
+        timeout: float | None = None,
+    ) -> None:
+        """Sends nothing yet; the rest is told at `Session.run`."""
         self.session, self.link, self.shipment = session, link, shipment
+        self.on_event, self.stops, self.timeout = on_event, stops, timeout
         about = {"verb": "submit", "client": session.client, "generation": session.generation}
         self.head = {"python": PYTHON, **head, **about}
         self.id: str = head["id"]
         self.is_followed = "kind" not in head  # it was submitted before, and can't be again
         self.seen = 0
+        self._limit: float | None = None  # when the timeout has passed
         self._stops_seen = 0
         self._stopped_s: float | None = None
         self._why = ""  # set once a time limit has passed
         self._warned = False
 
-    def wait(self, on_event: OnEvent, timeout: float | None, stops: Stops) -> Result:
+    def wait(self) -> Result:
         """Submit the call and return its result; see `Session.run`."""
         try:
             if self._is_cancelled():
@@ -533,49 +545,50 @@ class PendingCall:
         except InterpError:  # one of these, or too large for this link, which is as good as before
             self.session._give_back(self.link)
             raise
-        return self._until_result(on_event, timeout, stops)
+        return self._until_result()
 
-    def follow(self, on_event: OnEvent, stops: Stops) -> Result:
+    def follow(self) -> Result:
         """Return the result of a call that was submitted before, by whomever; see `Session.follow`."""
         self.link.send(Packed({"verb": "events", "id": self.id, "after": 0}))
-        return self._until_result(on_event, None, stops)
+        return self._until_result()
 
-    def _until_result(self, on_event: OnEvent, timeout: float | None, stops: Stops) -> Result:
+    def _until_result(self) -> Result:
         try:
-            head, inline, file = self._last_message(on_event, timeout, stops)
+            head, inline, file = self._last_message()
         except BaseException:
             self.link.close()
             raise
         self.session._give_back(self.link)
         frames = BlobStore().frames(head, inline, file)
-        if stops.count and frames:
-            self._tell_of_imports(bytes(frames[0]), on_event)
+        if self.stops.count and frames:
+            self._tell_of_imports(bytes(frames[0]))
         result = self._result(head, frames)  # what this raises is not the link's fault
-        if stops.count and not head.get("stopped") and "error" not in head:  # it came when the call had just ended
+        if self.stops.count and not head.get("stopped") and "error" not in head:  # it came when the call had just ended
             text = "stopped when the call had just ended"
             head["error"] = {"ename": "KeyboardInterrupt", "evalue": text, "traceback": [f"KeyboardInterrupt: {text}"]}
         return result
 
-    def _last_message(self, on_event: OnEvent, timeout: float | None, stops: Stops) -> Message:
-        limit = None if timeout is None else time.monotonic() + timeout
+    def _last_message(self) -> Message:
+        if self.timeout is not None:
+            self._limit = time.monotonic() + self.timeout
         while True:
             try:
-                message = self.link.receive(self._patience(limit), stops.fd)
-                self._heed(limit, timeout, stops)  # also while events keep coming
+                message = self.link.receive(self._patience(), self.stops.fd)
+                self._heed()  # also while events keep coming
                 is_new = message is not None and self._take(message)
                 if message is None:
                     self._on_silence()
             except (EOFError, OSError):
                 if self.link.is_untaken:
-                    self._start_over(on_event, stops)
+                    self._start_over()
                 else:
-                    self._reconnect(stops)
+                    self._reconnect()
                 continue
             if message is not None and is_new:
                 if message[0]["last"]:
                     return message
-                on_event(message[0])  # outside of the block above: a callback's own OSError is no lost link
-            self._insist(on_event)
+                self.on_event(message[0])  # outside of the block above: a callback's own OSError is no lost link
+            self._insist()
 
     # ---------------------------------------------------------------------------------------- send
 
@@ -593,22 +606,22 @@ class PendingCall:
             raise ShipError(f"The inputs can't be sent: {error}. Close files, or send less at once.") from None
         session._acknowledge = []
         try:
-            self.link.send(packed)
+            self.link.send(packed, self.stops.fd)
         except OSError:
             return  # the next receive finds out what has happened
         session._known = session._known | packed.digests  # a new set: another thread may be reading this one
         session._known_modules |= {m["digest"] for m in sources}
 
-    def _start_over(self, on_event: OnEvent, stops: Stops) -> None:
+    def _start_over(self) -> None:
         """The worker had ended before it was given the call, which therefore may go to a new one."""
         self.link.close()
-        self.link = self.session._link(on_event, stops)
+        self.link = self.session._link(self.on_event, self.stops)
         for value in self.shipment.held:
             value.check()
         self.head["generation"] = self.session.generation
         self._submit()
 
-    def _reconnect(self, stops: Stops) -> None:
+    def _reconnect(self) -> None:
         """The connection is gone: go on where it ended if the worker lives, else say why it died."""
         self.link.close()
         session = self.session
@@ -622,15 +635,15 @@ class PendingCall:
                 break
             time.sleep(0.01)  # it is dying, and its supervisor is about to say of what
         if link is None or link.hello["generation"] != self.head["generation"]:
-            raise self._death(why or "the connection was lost and the worker no longer answers", stops) from None
+            raise self._death(why or "the connection was lost and the worker no longer answers") from None
         self.link = link
         with suppress(OSError):  # the next receive finds out what has happened
             link.send(Packed({"verb": "events", "id": self.id, "after": self.seen}))
 
-    def _death(self, why: str, stops: Stops) -> BaseException:
+    def _death(self, why: str) -> BaseException:
         session = self.session
         lost = session._forget_worker()
-        if stops.count >= 2:
+        if self.stops.count >= 2:
             return stopped(f"the worker was killed by the second stop; the next call starts a new one.{lost}")
         if self._why:
             return CallTimeoutError(f"{self._why}; the worker did not react to the stop and was killed.{lost}")
@@ -670,12 +683,12 @@ class PendingCall:
                     self.link.send(Packed({"verb": "acknowledge", "id": self.id}))
         return True
 
-    def _tell_of_imports(self, pickled: bytes, on_event: OnEvent) -> None:
+    def _tell_of_imports(self, pickled: bytes) -> None:
         """Say after a stop why the cell does not end at once."""
         missing = [name for name, mark in SLOW_IMPORTS.items() if name not in sys.modules and mark in pickled]
         if missing:
             text = f"stopped; {missing[0]} is imported here for what was assigned so far"
-            on_event({"event": "warning", "text": text})
+            self.on_event({"event": "warning", "text": text})
 
     def _result(self, head: Head, frames: list[Buffer]) -> Result:
         error = head.get("error")
@@ -695,14 +708,14 @@ class PendingCall:
 
     # ---------------------------------------------------------------------------------------- stop
 
-    def _patience(self, limit: float | None) -> float:
-        waits = [ALIVE_S]
-        if limit is not None and not self._why:
-            waits.append(limit - time.monotonic())
-        return max(0.0, min(waits))
+    def _patience(self) -> float:
+        if self._limit is None or self._why:
+            return ALIVE_S
+        return max(0.0, min(ALIVE_S, self._limit - time.monotonic()))
 
-    def _heed(self, limit: float | None, timeout: float | None, stops: Stops) -> None:
+    def _heed(self) -> None:
         """Carry out stops and the time limit."""
+        stops = self.stops
         if stops.count > self._stops_seen:
             stops.drain()
             self._stops_seen = stops.count
@@ -710,8 +723,8 @@ class PendingCall:
                 self._stop()
             else:
                 self.session.backend.kill(self.link.hello["pid"])
-        elif limit is not None and not self._why and time.monotonic() >= limit:
-            self._why = f"the call ran past its limit of {timeout:g} s"
+        elif self._limit is not None and not self._why and time.monotonic() >= self._limit:
+            self._why = f"the call ran past its limit of {self.timeout:g} s"
             self._stop()
         elif self._is_cancelled():
             self._stop()
@@ -727,7 +740,7 @@ class PendingCall:
         if self.session.backend.why_ended(self.link.hello["pid"]) is not None:
             raise EOFError  # a child of the worker may keep the connection open after its death
 
-    def _insist(self, on_event: OnEvent) -> None:
+    def _insist(self) -> None:
         """Say that a stop has had no effect; after a time limit kill the worker, as nobody may be there to stop it."""
         if self._stopped_s is None or self._warned or time.monotonic() - self._stopped_s <= GRACE_S:
             return
@@ -736,11 +749,11 @@ class PendingCall:
             self.session.backend.kill(self.link.hello["pid"])
             return
         text = f"still inside one long operation after {GRACE_S:g} s; stop again to kill the worker and lose its model"
-        on_event({"event": "warning", "text": text})
+        self.on_event({"event": "warning", "text": text})
 
     def _stop(self) -> None:
         self._stopped_s = time.monotonic()
-        self.link.send(Packed({"verb": "interrupt", "id": self.id}))
+        self.link.send(Packed({"verb": "interrupt", "id": self.id}), self.stops.fd)
 
 
 # ----------------------------------------------------------------------------------------------- signals

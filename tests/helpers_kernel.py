@@ -30,7 +30,11 @@ class Ran:
     id: str
     outputs: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     reply: dict[str, Any] = field(default_factory=dict)
-    is_idle: bool = False
+    statuses: list[str] = field(default_factory=list)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.statuses[-1:] == ["idle"]
 
     def contents(self, kind: str) -> list[dict[str, Any]]:
         return [content for name, content in self.outputs if name == kind]
@@ -88,6 +92,7 @@ class Notebook:
         self.manager._kernel_spec = KernelSpec(argv=command, display_name="test", language="python")
         self.manager.start_kernel(cwd=str(folder), env={**os.environ, **environment})
         self.cells: dict[str, Ran] = {}
+        self.status = ""  # the last that came, whatever it was about: what JupyterLab shows
         self._connect()
 
     def _connect(self) -> None:
@@ -145,10 +150,12 @@ class Notebook:
         while not is_reached():
             message = self.client.get_iopub_msg(timeout=max(0.01, deadline - time.monotonic()))
             cell = self.cells.get(message["parent_header"].get("msg_id", ""))
+            if message["msg_type"] == "status":
+                self.status = message["content"]["execution_state"]
             if cell is None:
                 continue
             if message["msg_type"] == "status":
-                cell.is_idle = message["content"]["execution_state"] == "idle"
+                cell.statuses.append(self.status)
             elif message["msg_type"] not in NOT_OUTPUT:
                 cell.outputs.append((message["msg_type"], message["content"]))
 
@@ -167,6 +174,7 @@ class Notebook:
     def inspect(self, code: str, timeout_s: float = WAIT_S) -> str:
         """Documentation of the name at the end of the code; empty if there is none."""
         content = self._ask(self.client.inspect(code, len(code)), timeout_s)
+        assert content["found"] is bool(content["data"])  # front ends show nothing that was not `found`
         return ANSI.sub("", content["data"].get("text/plain", ""))
 
     def is_complete(self, code: str, timeout_s: float = WAIT_S) -> str:

@@ -142,9 +142,9 @@ class RecordingBackend(LocalBackend):
         if link is not None:
             send = link.send
 
-            def record(packed: Packed) -> None:
+            def record(packed: Packed, wake_fd: int | None = None) -> None:
                 self.sent.append(packed)
-                send(packed)
+                send(packed, wake_fd)
 
             link.send = record  # type: ignore[method-assign]
             self.links.append(link)

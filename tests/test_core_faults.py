@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -122,6 +123,20 @@ def test_a_stop_that_comes_with_the_result_is_not_swallowed(connect: Connect) ->
 def test_a_stop_that_the_call_handles_is_no_error(connect: Connect) -> None:
     body = "import time\ntry:\n    print('in'); time.sleep(60)\nexcept KeyboardInterrupt:\n    value = 'handled'"
     assert run_cell(connect(), body, at={"in": lambda: signal.raise_signal(signal.SIGINT)})["value"] == "handled"
+
+
+def test_a_stop_ends_a_send_that_the_worker_does_not_take(connect: Connect) -> None:
+    session = connect()
+    worker = psutil.Process(session.hello["pid"])
+    worker.suspend()  # as a call of another client does that lets no other thread run
+    parts = [np.ones(75_000) for _ in range(9)]  # none is large enough for a memory file
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    try:
+        with pytest.raises(KeyboardInterrupt, match="it goes on without this call"):
+            run_cell(session, "value = len(parts)", parts=parts)
+    finally:
+        worker.resume()
+    assert run_cell(session, "value = len(parts)", parts=parts)["value"] == 9
 
 
 def test_a_large_result_that_is_here_needs_no_connection_any_more(connect: Connect) -> None:

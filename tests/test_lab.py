@@ -245,6 +245,39 @@ def test_tab_completes_the_model_also_while_a_cell_runs(notebook: Open, page: Pa
     tab.wait_for_end(0)
 
 
+def test_shift_tab_documents_the_model_and_the_kernel_stays_busy_while_a_cell_runs(
+    notebook: Open, page: Page, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    tab = notebook(f"%%remote\nprint('on')\n{until(gate)}", "%%remote\nmodel.generate(", PID)
+    tab.run(2)
+    for state in ("Idle", "Busy"):
+        if state == "Busy":
+            tab.start(0)
+            expect(tab.output(0)).to_contain_text("on")
+        tab.editor(1).click()
+        page.keyboard.press("Control+End")
+        page.keyboard.press("Shift+Tab")
+        expect(page.locator(".jp-Tooltip")).to_contain_text("Signature: model.generate(")
+        page.keyboard.press("Escape")
+        expect(page.locator(".jp-Tooltip")).to_have_count(0)
+        tab.wait_for_kernel(state)
+    expect(tab.prompt(0)).to_have_text(RUNNING)
+    gate.touch()
+    tab.wait_for_end(0)
+    tab.wait_for_kernel("Idle")
+
+
+def test_tab_completes_the_verbs_with_nothing_of_ipythons(notebook: Open) -> None:
+    tab = notebook("%remote st")
+    box = tab.complete(0)
+    expect(box.locator(".jp-Completer-item")).to_have_count(3)
+    for verb in ("start", "status", "stop"):
+        expect(box.locator(f'[data-value="{verb}"]')).to_have_count(1)
+    tab.page.keyboard.press("Enter")
+    expect(tab.editor(0)).to_have_text("%remote start")
+
+
 def test_background_output_stays_in_its_own_cell(notebook: Open, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     tab = notebook(

@@ -26,8 +26,13 @@ class Link(Protocol):
     def pack(self, head: Head, frames: Sequence[Buffer], known: Collection[str]) -> Packed:
         """Make a message of large frames; those whose digest is `known` to the worker are left out."""
 
-    def send(self, packed: Packed) -> None:
-        """Send a message. Raises OSError when the worker is gone."""
+    def send(self, packed: Packed, wake_fd: int | None = None) -> None:
+        """Send a message.
+
+        Raises:
+            OSError: The worker is gone.
+            KeyboardInterrupt: `wake_fd` became readable while the worker took nothing; the link has ended then.
+        """
 
     def receive(self, timeout_s: float | None, wake_fd: int | None = None) -> Message | None:
         """The next message, or None at the timeout or when `wake_fd` is readable. Raises EOFError at the end."""

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from interp_kernel.backends import HELLO_S, Message, OnEvent
-from interp_kernel.errors import SpecError, WorkerError, WorkerRefusedError
+from interp_kernel.errors import SpecError, WorkerError, WorkerRefusedError, stopped
 from interp_kernel.protocol import PROTOCOL, Buffer, Channel, Head, Packed, peer
 from interp_kernel.spec import WorkerSpec
 
@@ -187,13 +187,16 @@ class LocalLink:
         """See `Link.pack`."""
         return Packed(head, frames, known)
 
-    def send(self, packed: Packed) -> None:
+    def send(self, packed: Packed, wake_fd: int | None = None) -> None:
         """See `Link.send`."""
         try:
-            self._channel.send(packed)
+            if self._channel.send(packed, wake_fd):
+                return
         except OSError:
             self.is_untaken = packed.head["verb"] == "submit"  # it is not whole, so nobody can have read it
             raise
+        self.close()  # what was sent of it means nothing without the rest
+        raise stopped("stopped while the worker, inside one long operation, took nothing; it goes on without this call")
 
     def receive(self, timeout_s: float | None, wake_fd: int | None = None) -> Message | None:
         """See `Link.receive`."""

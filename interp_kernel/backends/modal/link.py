@@ -97,8 +97,8 @@ class ModalLink:
         """See `Link.pack`."""
         return Loose(head, frames, known)
 
-    def send(self, packed: Packed) -> None:
-        """See `Link.send`. Raises ShipError for a message that is too large for Modal."""
+    def send(self, packed: Packed, wake_fd: int | None = None) -> None:
+        """See `Link.send`, but nothing here waits. Raises ShipError for a message that is too large for Modal."""
         if self.ended is not None:
             raise BrokenPipeError(self.ended)
         wire = wire_of(packed)
