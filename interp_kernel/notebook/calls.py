@@ -40,10 +40,10 @@ class CountedLink:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._link, name)
 
-    def send(self, packed: Packed) -> None:
+    def send(self, packed: Packed, wake_fd: int | None = None) -> None:
         """See `Link.send`; a value that the worker is known to have is not counted."""
         self._passed["sent_bytes"] += frames_size(packed.head, packed.inline)
-        self._link.send(packed)
+        self._link.send(packed, wake_fd)
 
     def receive(self, timeout_s: float | None, wake_fd: int | None = None) -> Message | None:
         """See `Link.receive`."""
