@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         code = run(arguments)
-        sys.stdout.flush()
+        if not sys.stdout.closed:  # as a server on it leaves it
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # as after `| head`; Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

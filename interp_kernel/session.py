@@ -542,6 +542,9 @@ class PendingCall:
                 value.check()  # the worker may have been replaced since they were pickled
             self.session.check_python(self.shipment)
             self._submit()
+        except KeyboardInterrupt:
+            self.link.close()
+            raise
         except InterpError:  # one of these, or too large for this link, which is as good as before
             self.session._give_back(self.link)
             raise
@@ -549,7 +552,8 @@ class PendingCall:
 
     def follow(self) -> Result:
         """Return the result of a call that was submitted before, by whomever; see `Session.follow`."""
-        self.link.send(Packed({"verb": "events", "id": self.id, "after": 0}))
+        with suppress(OSError):  # the next receive finds out what has happened
+            self.link.send(Packed({"verb": "events", "id": self.id, "after": 0}))
         return self._until_result()
 
     def _until_result(self) -> Result:

@@ -50,10 +50,10 @@ class Place:
 def local_place() -> Iterator[Place]:
     sent, send = [0], Channel.send
 
-    def counting(self: Channel, packed: Packed) -> None:
+    def counting(self: Channel, packed: Packed, wake_fd: int | None = None) -> bool:
         in_file = sum(nbytes for _, nbytes, offset, _ in packed.head.get("blobs", ()) if offset is not None)
         sent[0] += len(packed.encode()) + in_file
-        send(self, packed)
+        return send(self, packed, wake_fd)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Channel, "send", counting)

@@ -478,7 +478,7 @@ def test_an_unknown_name_is_answered_with_those_that_exist() -> None:
 
 FAR = """
 import hashlib, json, sys, traceback
-from interp_kernel.worker.modules import ShippedModule, install, known, missing
+from interp_kernel.worker.modules import ShippedModule, install, missing
 
 def ship(**sources):
     modules = {}
@@ -487,7 +487,7 @@ def ship(**sources):
         package = any(other.replace("__", ".").startswith(name + ".") for other in sources)
         path = "/near/" + name.replace(".", "/") + ("/__init__.py" if package else ".py")
         digest = hashlib.sha256(source.encode()).hexdigest()
-        fields = {"name": name, "source": None if known(digest) else source, "path": path}
+        fields = {"name": name, "source": source if missing([digest]) else None, "path": path}
         modules[name] = ShippedModule.from_wire({**fields, "is_package": package, "digest": digest})
     install(modules)
     return modules
