@@ -116,7 +116,7 @@ def run_cell(
     return answer
 
 
-def wait_until(is_so: Callable[[], object], within_s: float = 20.0) -> None:
+def wait_until(is_so: Callable[[], object], within_s: float = 60.0) -> None:
     """Look until something is so that happens in another process."""
     deadline = time.monotonic() + within_s
     while not is_so():

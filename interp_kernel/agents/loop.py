@@ -118,6 +118,7 @@ def _tell_retries() -> None:
 
 
 async def _carry_out(run: Run, task: str, base_url: str, limits: Limits) -> Outcome:
+    from anyio import BrokenResourceError, ClosedResourceError
     from mcp import ClientSession, StdioServerParameters, stdio_client
     from openai import AsyncOpenAI
 
@@ -126,9 +127,15 @@ async def _carry_out(run: Run, task: str, base_url: str, limits: Limits) -> Outc
     command, *arguments = run.record.command
     variables = {name: os.environ[name] for name in server_variables(os.environ)}
     parameters = StdioServerParameters(command=command, args=arguments, env=variables, cwd=run.workspace)
+    outcome: Outcome | None = None
     with run.write("server.log", "").open("w") as log:
-        async with endpoint, stdio_client(parameters, errlog=log) as streams, ClientSession(*streams) as server:
-            return await _told(run, task, endpoint, server, limits)
+        try:
+            async with endpoint, stdio_client(parameters, errlog=log) as streams, ClientSession(*streams) as server:
+                outcome = await _told(run, task, endpoint, server, limits)
+        except BaseExceptionGroup as group:  # the tasks of the client met the dead server before we did
+            if group.split((BrokenResourceError, ClosedResourceError))[1] is not None:
+                raise
+    return outcome or _server_ended(run, "it closed the connection")
 
 
 async def _told(run: Run, task: str, endpoint: AsyncOpenAI, server: ClientSession, limits: Limits) -> Outcome:
@@ -147,8 +154,11 @@ async def _told(run: Run, task: str, endpoint: AsyncOpenAI, server: ClientSessio
     except OpenAIError as error:
         return "failed", f"The endpoint {endpoint.base_url} refused: {type(error).__name__}: {gist(str(error))}"
     except (McpError, BrokenResourceError, ClosedResourceError) as error:
-        reason = str(error) or type(error).__name__
-        return "failed", f"The MCP server ended: {reason}. Its sessions live on; its log is {run.path('server.log')}."
+        return _server_ended(run, str(error) or type(error).__name__)
+
+
+def _server_ended(run: Run, reason: str) -> Outcome:
+    return "failed", f"The MCP server ended: {reason}. Its sessions live on; its log is {run.path('server.log')}."
 
 
 def _described(tool: Tool) -> Message:
