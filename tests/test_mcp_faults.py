@@ -202,7 +202,8 @@ pathlib.Path({str(over)!r}).touch()
     lines = [line for line in whole.splitlines() if not line.startswith("[")]
     numbers = [int(line.split()[0]) for line in lines]
     assert numbers == sorted(set(numbers))
-    assert 0 <= lost + len(lines) - count <= 6, (told, len(lines))  # its own end got lost too, and what asked for that
+    assert lost + len(lines) >= count, (told, len(lines))  # no line is missing without being counted
+    assert lost < count * 1.5  # the rest are what the wait has asked meanwhile, and the cell's own end
     assert all(note in outputs_of(notebook, cell) for note in told)
     assert any("did not arrive" in note for note in facts["notes"]) == bool(told), facts
     assert shared.ok("'and on'") == "'and on'"
