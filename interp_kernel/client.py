@@ -249,7 +249,7 @@ class InterpClient:
         self, fn: Callable[..., Any] | Technique, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Shipment, Mapping[str, Module]]:
         check_function(fn)
-        shipped = TechniqueReference(fn) if isinstance(fn, Technique) else fn
+        shipped = shippable(fn)
         shipment = self.ship_named((shipped, args, kwargs), lambda: {"fn": shipped, **numbered(args), **kwargs})
         return shipment, modules_of(fn, shipment)
 
@@ -334,6 +334,11 @@ class TechniqueReference:
 
         reference: Reference = ("attribute", [self.technique.module, self.technique.name])
         return load_reference, reference
+
+
+def shippable(fn: Any) -> Any:
+    """What is pickled for a function: a technique goes by name, beside its source."""
+    return TechniqueReference(fn) if isinstance(fn, Technique) else fn
 
 
 class Job:

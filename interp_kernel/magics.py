@@ -71,8 +71,8 @@ class RemoteMagics(Magics):
         options = cell_parser().read(words)
         cell = self._parse(line, body)
         client = self.client(options.worker)
-        screen = Screen(self.shell, quiet=options.quiet)
         if not options.background or os.environ.get(BATCH_VARIABLE):
+            screen = Screen(self.shell, quiet=options.quiet)
             with self._side_channel():
                 self._run(client, cell, options, self._ship(client, cell, options), screen)
             return None

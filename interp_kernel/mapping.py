@@ -11,17 +11,17 @@ from interp_kernel.backends.modal.backend import ModalBackend
 from interp_kernel.backends.modal.fanout import Batch, run_batch
 from interp_kernel.client import (
     InterpClient,
-    TechniqueReference,
     call_head,
     check_function,
     current_shell,
     modules_of,
+    shippable,
     working_folder,
 )
 from interp_kernel.errors import ShipError, SpecError
 from interp_kernel.output import Screen
 from interp_kernel.protocol import PYTHON, Shipment
-from interp_kernel.sources import Technique, collect_modules
+from interp_kernel.sources import collect_modules
 
 MOST_CONTAINERS = 1_000  # of one map
 
@@ -40,7 +40,7 @@ def fan_out(
         raise SpecError(f"max_containers is {max_containers!r}; expected a number from 1 to {MOST_CONTAINERS}.")
     assert isinstance(client.backend, ModalBackend)
     screen = Screen(current_shell())
-    shipped = TechniqueReference(fn) if isinstance(fn, Technique) else fn
+    shipped = shippable(fn)
     function = ship_alone(client, (shipped, kwargs), lambda: {"fn": shipped, **kwargs})
     values = [ship_alone(client, value, partial(dict, {f"inputs[{i}]": value})) for i, value in enumerate(inputs)]
     local = modules_of(fn, function)

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,19 @@ def connect() -> Iterator[Connect]:
 
 def kept(session: Session, text: str) -> Any:
     return run_cell(session, f"value = [{text!r}]", head={"keep": ["value"]})["value"]
+
+
+def at_the_end(link: Any, act: Callable[[], object]) -> None:
+    """Do something when the result of a call has just been read from the link."""
+    receive = link.receive
+
+    def received(*args: Any) -> Any:
+        message = receive(*args)
+        if message is not None and message[0].get("last"):
+            act()
+        return message
+
+    link.receive = received
 
 
 def packed_blob(byte: int, known: set[str]) -> Packed:
@@ -104,16 +117,7 @@ def test_a_time_limit_holds_for_a_call_that_swallows_the_stop_and_goes_on_printi
 
 def test_a_stop_that_comes_with_the_result_is_not_swallowed(connect: Connect) -> None:
     session = connect()
-    link: Any = session._links[-1]
-    receive = link.receive
-
-    def pressed_at_the_end(*args: Any) -> Any:
-        message = receive(*args)
-        if message is not None and message[0].get("last"):
-            signal.raise_signal(signal.SIGINT)
-        return message
-
-    link.receive = pressed_at_the_end
+    at_the_end(session._links[-1], lambda: signal.raise_signal(signal.SIGINT))
     answer = run_cell(session, "value = 1")
     assert (answer.error or "").startswith("KeyboardInterrupt: stopped when the call had just ended")
     assert answer.result is not None
@@ -142,15 +146,7 @@ def test_a_stop_ends_a_send_that_the_worker_does_not_take(connect: Connect) -> N
 def test_a_large_result_that_is_here_needs_no_connection_any_more(connect: Connect) -> None:
     session = connect()
     link: Any = session._links[-1]
-    receive = link.receive
-
-    def cut_at_the_end(*args: Any) -> Any:
-        message = receive(*args)
-        if message is not None and message[0].get("last"):
-            link._channel.sock.shutdown(socket.SHUT_RDWR)
-        return message
-
-    link.receive = cut_at_the_end
+    at_the_end(link, lambda: link._channel.sock.shutdown(socket.SHUT_RDWR))
     assert len(run_cell(session, "import numpy\nvalue = numpy.zeros(400_000)")["value"])
 
 
